@@ -1,0 +1,43 @@
+# make test              checks and unit tests, on the newest and the oldest versions of what the extension meets
+# make forge             this checkout inside an installed Forge
+# make forge-test        the tests that drive a real Forge; forge-test-full adds those that take minutes
+# make clean             away with the environments and caches
+
+PYTHON ?= python3
+# The first that runs: a shim may be there with nothing behind it.
+OLDEST_PYTHON ?= $(shell for each in python3.10 $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python) $(PYTHON); do \
+	"$$each" -c "" 2>/dev/null && echo "$$each" && break; done)
+
+.venv/oldest/ready: PYTHON := $(OLDEST_PYTHON)
+
+.venv/%/ready: tests/requirements-%.txt
+	$(PYTHON) -m venv --clear .venv/$*
+	.venv/$*/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+.PHONY: test lint test-newest test-oldest forge forge-test forge-test-full clean
+.PRECIOUS: .venv/%/ready
+
+test: lint test-newest test-oldest
+
+lint: .venv/newest/ready
+	.venv/newest/bin/ruff check
+	.venv/newest/bin/ruff format --check
+	.venv/newest/bin/mypy
+
+# One thread: the networks here are tiny, threads would only wait for one another.
+test-newest test-oldest: test-%: .venv/%/ready
+	OMP_NUM_THREADS=1 .venv/$*/bin/python -m pytest --quiet
+
+forge:
+	$(PYTHON) tools/forge.py run
+
+forge-test: .venv/forge/ready
+	.venv/forge/bin/python -m pytest tests/forge -m "not full"
+
+forge-test-full: .venv/forge/ready
+	.venv/forge/bin/python -m pytest tests/forge
+
+clean:
+	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +

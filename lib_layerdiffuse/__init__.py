@@ -1,0 +1,1 @@
+"""Native transparent images and layers for Stable Diffusion (LayerDiffuse, arXiv 2402.17113)."""
