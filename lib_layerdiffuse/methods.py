@@ -1,0 +1,159 @@
+"""The table of methods: what each takes, gives and needs. Everything else about them is derived from it."""
+
+import reprlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from enum import Enum
+
+from .errors import LayerDiffuseError
+
+
+class _Worded(str, Enum):
+    """A string enum whose members also carry the word people use for them."""
+
+    word: str
+
+    def __new__(cls, value: str, word: str = "") -> "_Worded":  # the default lets Family("sd15") pass type checks
+        member = str.__new__(cls, value)
+        member._value_ = value
+        member.word = word
+        return member
+
+
+class Family(_Worded):
+    """The kind of base model a method belongs to."""
+
+    SD15 = "sd15", "SD1.5"
+    SDXL = "sdxl", "SDXL"
+
+
+class Layer(_Worded):
+    """What one picture shows; the value starts its API names (`fg_image`, `fg_prompt`)."""
+
+    FG = "fg", "foreground"
+    BG = "bg", "background"
+    BLEND = "blend", "blend"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of working: images the user supplies, in condition order, and what each consecutive picture shows."""
+
+    label: str
+    family: Family
+    weights: str  # file name
+    inputs: tuple[Layer, ...]
+    outputs: tuple[Layer, ...]
+
+    @property
+    def frames(self) -> int:
+        """Pictures that are sampled together and belong together."""
+        return len(self.outputs)
+
+    @property
+    def key(self) -> str:
+        """Short name for API calls: `xl_fg2ble` for `layer_xl_fg2ble.safetensors`."""
+        return self.weights.removeprefix("layer_").removesuffix(".safetensors")
+
+    @property
+    def makes_foreground(self) -> bool:
+        """Whether one of its pictures is decoded to RGBA."""
+        return Layer.FG in self.outputs
+
+    @property
+    def built(self) -> bool:
+        """Whether this version can run it: so far a lone foreground without input images."""
+        return not self.inputs and self.outputs == (Layer.FG,)
+
+
+_SD15, _SDXL = Family
+_FG, _BG, _BLEND = Layer
+
+# The labels are those of the older extension, so that saved infotexts and API calls stay valid.
+METHODS = (
+    Method(
+        "(SD1.5) Only Generate Transparent Image (Attention Injection)",
+        _SD15, "layer_sd15_transparent_attn.safetensors", (), (_FG,),
+    ),
+    Method(
+        "(SD1.5) From Foreground to Background (need batch size 2)",
+        _SD15, "layer_sd15_fg2bg.safetensors", (_FG,), (_BG, _BLEND),
+    ),
+    Method(
+        "(SD1.5) From Background to Foreground (need batch size 2)",
+        _SD15, "layer_sd15_bg2fg.safetensors", (_BG,), (_FG, _BLEND),
+    ),
+    Method(
+        "(SD1.5) Generate Everything Together (need batch size 3)",
+        _SD15, "layer_sd15_joint.safetensors", (), (_FG, _BG, _BLEND),
+    ),
+    Method(
+        "(SDXL) Only Generate Transparent Image (Attention Injection)",
+        _SDXL, "layer_xl_transparent_attn.safetensors", (), (_FG,),
+    ),
+    Method(
+        "(SDXL) Only Generate Transparent Image (Conv Injection)",
+        _SDXL, "layer_xl_transparent_conv.safetensors", (), (_FG,),
+    ),
+    Method(
+        "(SDXL) From Foreground to Blending",
+        _SDXL, "layer_xl_fg2ble.safetensors", (_FG,), (_BLEND,),
+    ),
+    Method(
+        "(SDXL) From Foreground and Blending to Background",
+        _SDXL, "layer_xl_fgble2bg.safetensors", (_FG, _BLEND), (_BG,),
+    ),
+    Method(
+        "(SDXL) From Background to Blending",
+        _SDXL, "layer_xl_bg2ble.safetensors", (_BG,), (_BLEND,),
+    ),
+    Method(
+        "(SDXL) From Background and Blending to Foreground",
+        _SDXL, "layer_xl_bgble2fg.safetensors", (_BG, _BLEND), (_FG,),
+    ),
+)  # fmt: skip
+
+DECODERS = {
+    Family.SD15: "layer_sd15_vae_transparent_decoder.safetensors",
+    Family.SDXL: "vae_transparent_decoder.safetensors",
+}
+ENCODERS = {
+    Family.SD15: "layer_sd15_vae_transparent_encoder.safetensors",
+    Family.SDXL: "vae_transparent_encoder.safetensors",
+}
+
+
+def find_method(value: object) -> Method:
+    """The method with this label, key or position in METHODS (from 0); upper and lower case are one."""
+    named = {name.casefold(): method for method in METHODS for name in (method.label, method.key)}
+    numbered = dict(enumerate(METHODS))
+    if isinstance(value, str) and (method := named.get(value.strip().casefold())):
+        return method
+    if type(value) is int and value in numbered:  # not isinstance: True is no number here
+        return numbered[value]
+    near = dict.fromkeys(named[name].label for name in nearest(value, named, count=2))
+    raise LayerDiffuseError(
+        f"There is no method {shortened(value)}. The nearest are {listed(near)}. "
+        f"Name a method by its label, its key such as {METHODS[0].key}, or its number from 0 to {len(METHODS) - 1}."
+    )
+
+
+DEFAULT_METHOD = find_method("xl_transparent_attn")
+
+
+def nearest(value: object, names: Iterable[str], count: int = 1) -> list[str]:
+    """The `count` names most like the value, best first."""
+    return get_close_matches(shortened(value).casefold(), list(names), count, cutoff=0)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for use in a sentence: `"a" or "b"`."""
+    return " or ".join(f'"{name}"' for name in names)
+
+
+def shortened(value: object) -> str:
+    """The value as it would be typed, cut to a length that fits into a sentence."""
+    cut = reprlib.Repr()
+    cut.maxstring = cut.maxother = cut.maxlong = 80
+    return cut.repr(value)

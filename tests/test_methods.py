@@ -1,0 +1,97 @@
+"""The table of methods, and finding a row by what people call it."""
+
+import copy
+import pickle
+
+import pytest
+
+from lib_layerdiffuse.errors import LayerDiffuseError
+from lib_layerdiffuse.methods import DECODERS, DEFAULT_METHOD, ENCODERS, METHODS, Family, Layer, Method, find_method
+from lib_layerdiffuse.weights import ASSETS
+
+# number, family, key, inputs > outputs
+ROWS = [
+    (0, "sd15", "sd15_transparent_attn", " > fg"),
+    (1, "sd15", "sd15_fg2bg", "fg > bg blend"),
+    (2, "sd15", "sd15_bg2fg", "bg > fg blend"),
+    (3, "sd15", "sd15_joint", " > fg bg blend"),
+    (4, "sdxl", "xl_transparent_attn", " > fg"),
+    (5, "sdxl", "xl_transparent_conv", " > fg"),
+    (6, "sdxl", "xl_fg2ble", "fg > blend"),
+    (7, "sdxl", "xl_fgble2bg", "fg blend > bg"),
+    (8, "sdxl", "xl_bg2ble", "bg > blend"),
+    (9, "sdxl", "xl_bgble2fg", "bg blend > fg"),
+]
+
+
+@pytest.mark.parametrize(("number", "family", "key", "flow"), ROWS)
+def test_row(number: int, family: str, key: str, flow: str) -> None:
+    method = METHODS[number]
+    inputs, outputs = (tuple(Layer(value) for value in side.split()) for side in flow.split(">"))
+    assert (method.family, method.key) == (Family(family), key)
+    assert (method.inputs, method.outputs) == (inputs, outputs)
+    assert method.frames == len(outputs)
+    assert method.makes_foreground is ("fg" in flow.split(">")[1])
+    assert method.built is (flow == " > fg")
+    assert method.weights in ASSETS
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.key)
+def test_label_starts_with_the_family(method: Method) -> None:
+    assert method.label.startswith(f"({method.family.word}) ")
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.key)
+def test_label_asks_for_the_batch_the_frames_need(method: Method) -> None:
+    assert (f"(need batch size {method.frames})" in method.label) is (method.frames > 1)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.key)
+def test_found_by_label_key_and_number(method: Method) -> None:
+    names = (method.label, method.key, METHODS.index(method), f" {method.label.upper()} ", method.key.upper())
+    assert [find_method(name) for name in names] == [method] * len(names)
+
+
+@pytest.mark.parametrize(
+    ("value", "named", "near"),
+    [
+        ("(SDXL) Only Generate Transparent Image (Attention)", "Image (Attention)", "Image (Attention Injection)"),
+        ("xl_fg2bl", "'xl_fg2bl'", "(SDXL) From Foreground to Blending"),
+        ("(SD15) Generate Everything", "Everything", "(SD1.5) Generate Everything Together (need batch size 3)"),
+        (10, "10", "from 0 to 9"),
+        (-1, "-1", "from 0 to 9"),
+        (True, "True", "its number"),
+        (4.0, "4.0", "its number"),
+        (None, "None", "its label"),
+        ("", "''", "its key"),
+        ([1, {"a": 2}], "[1, {'a': 2}]", "its key"),
+    ],
+)
+def test_unknown_method_is_named_with_the_nearest(value: object, named: str, near: str) -> None:
+    with pytest.raises(LayerDiffuseError) as caught:
+        find_method(value)
+    assert named in str(caught.value)
+    assert near in str(caught.value)
+
+
+def test_a_long_value_is_cut() -> None:
+    with pytest.raises(LayerDiffuseError) as caught:
+        find_method("iVBOR" * 100_000)
+    assert len(str(caught.value)) < 500
+
+
+def test_default_is_sdxl_attention() -> None:
+    assert DEFAULT_METHOD.label == "(SDXL) Only Generate Transparent Image (Attention Injection)"
+
+
+def test_every_family_has_its_own_networks() -> None:
+    for table in (DECODERS, ENCODERS):
+        assert list(table) == list(Family)
+        assert len(set(table.values()) & ASSETS.keys()) == len(Family)
+
+
+@pytest.mark.parametrize("member", [*Family, *Layer])
+def test_words_survive_copies(member: Family | Layer) -> None:
+    for twin in (copy.deepcopy(member), pickle.loads(pickle.dumps(member))):
+        assert twin is member
+    assert member.word
