@@ -1,0 +1,214 @@
+"""Decode and encode around tiny random networks, against the formulas written out plainly in numpy."""
+
+import numpy as np
+import pytest
+import torch
+from reference import ReferenceDecoder, random_state_dict, reference_encoder
+from torch import nn
+
+from lib_layerdiffuse.errors import LayerDiffuseError
+from lib_layerdiffuse.images import pad_colors
+from lib_layerdiffuse.nets.decoder import TransparentDecoder
+from lib_layerdiffuse.nets.encoder import TransparentEncoder
+from lib_layerdiffuse.vae import ORIENTATIONS, TransparentVAE
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    state_dict = random_state_dict(ReferenceDecoder(layers=1))
+    state_dict["conv_out.weight"] *= 0.4
+    state_dict["conv_out.bias"] += 0.5  # so that most values are within [0, 1], and some are not
+    return TransparentDecoder.from_state_dict(state_dict)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return TransparentEncoder.from_state_dict(random_state_dict(reference_encoder(), prefix="blocks."))
+
+
+def random_input(height, width, batch=1, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rgb = torch.rand(batch, 3, height, width, generator=generator)
+    return rgb, torch.randn(batch, 4, height // 8, width // 8, generator=generator)
+
+
+def padded(picture, multiple):
+    height, width = picture.shape[2:]
+    return np.pad(picture, ((0, 0), (0, 0), (0, -height % multiple), (0, -width % multiple)), mode="edge")
+
+
+def plain_decode(net, rgb, latent, passes):
+    """The method step by step, one picture after the other: pad, turn, decode, clip, turn back, 4th smallest, crop."""
+    pictures = []
+    for pixels, cells in zip(rgb.numpy()[:, None], latent.numpy()[:, None]):
+        pixels, cells = padded(pixels, 64), padded(cells, 8)
+        answers = []
+        for index in range(passes):
+            flipped, turns = divmod(index, 4)
+            turned = [np.rot90(x[..., ::-1] if flipped else x, turns, axes=(2, 3)).copy() for x in (pixels, cells)]
+            raw = net(*map(torch.from_numpy, turned)).numpy()
+            back = np.rot90(np.clip(raw, 0, 1), -turns, axes=(2, 3))
+            answers.append(back[..., ::-1] if flipped else back)
+        argb = np.sort(answers, axis=0)[(passes - 1) // 2]
+        pictures.append(argb[:, [1, 2, 3, 0], : rgb.shape[2], : rgb.shape[3]])
+    return torch.from_numpy(np.concatenate(pictures))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "passes"),
+    [(64, 64, 1), (64, 64, 2), (64, 64, 4), (64, 64, 8), (64, 128, 8), (72, 136, 8), (104, 40, 2)],
+)
+def test_decode_follows_the_formulas(decoder, height, width, passes):
+    rgb, latent = random_input(height, width)
+    rgba = TransparentVAE(decoder).decode(rgb, latent, passes)
+    assert rgba.shape == (1, 4, height, width)
+    assert rgba.dtype == torch.float32
+    assert 0 <= rgba.min() < rgba.max() <= 1
+    torch.testing.assert_close(rgba, plain_decode(decoder, rgb, latent, passes), rtol=1e-4, atol=1e-5)
+
+
+def test_orientations_are_eight_different_ones_and_undone():
+    picture = torch.arange(6.0).view(1, 1, 2, 3)
+    turned = [orientation.apply(picture) for orientation in ORIENTATIONS]
+    assert len({(tuple(x.shape), tuple(x.flatten().tolist())) for x in turned}) == 8
+    for orientation, each in zip(ORIENTATIONS, turned):
+        assert torch.equal(orientation.undo(each), picture)
+    flipped_then_turned = ORIENTATIONS[5].apply(picture)
+    assert flipped_then_turned.tolist() == [[[[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]]]
+
+
+def test_every_picture_of_a_batch_comes_out_as_it_does_alone(decoder):
+    vae = TransparentVAE(decoder)
+    rgb, latent = random_input(64, 72, batch=3)
+    together = vae.decode(rgb, latent)
+    for index in range(3):
+        alone = vae.decode(rgb[index : index + 1], latent[index : index + 1])
+        torch.testing.assert_close(together[index : index + 1], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_half_precision_network_answers_in_float32():
+    state_dict = {key: value.bfloat16() for key, value in random_state_dict(ReferenceDecoder(layers=1)).items()}
+    rgba = TransparentVAE(TransparentDecoder.from_state_dict(state_dict)).decode(*random_input(64, 72))
+    assert rgba.dtype == torch.float32
+    assert rgba.isfinite().all()
+
+
+def test_half_precision_input_is_decoded_too(decoder):
+    rgb, latent = random_input(64, 72)
+    vae = TransparentVAE(decoder)
+    expected = vae.decode(rgb.half().float(), latent.half().float())
+    assert torch.equal(vae.decode(rgb.half(), latent.half()), expected)
+
+
+@pytest.mark.parametrize("passes", [0, 3, 16])
+def test_other_numbers_of_passes_are_refused(decoder, passes):
+    with pytest.raises(ValueError, match=str(passes)):
+        TransparentVAE(decoder).decode(*random_input(64, 64), passes=passes)
+
+
+@pytest.mark.parametrize("cells", [(1, 4, 8, 9), (1, 4, 16, 8), (2, 4, 8, 8)])
+def test_a_latent_that_is_not_the_pictures_is_refused(decoder, cells):
+    with pytest.raises(LayerDiffuseError, match="64×64.*" + f"{cells[3]}×{cells[2]}"):
+        TransparentVAE(decoder).decode(torch.rand(1, 3, 64, 64), torch.zeros(cells))
+
+
+def test_a_picture_that_is_no_multiple_of_eight_is_refused(decoder):
+    with pytest.raises(LayerDiffuseError, match="68×64"):
+        TransparentVAE(decoder).decode(torch.rand(1, 3, 64, 68), torch.zeros(1, 4, 8, 8))
+
+
+def test_on_pass_hears_of_every_pass(decoder):
+    heard = []
+    TransparentVAE(decoder).decode(*random_input(64, 64), passes=4, on_pass=lambda *told: not heard.append(told))
+    assert heard == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_on_pass_stops_and_the_median_is_over_those_done(decoder, stop_after):
+    rgb, latent = random_input(64, 64)
+    rgba = TransparentVAE(decoder).decode(rgb, latent, on_pass=lambda done, total: done < stop_after)
+    expected = plain_decode(decoder, rgb, latent, stop_after)
+    torch.testing.assert_close(rgba, expected, rtol=1e-4, atol=1e-5)
+
+
+OUT_OF_MEMORY_ERRORS = {
+    "CUDA": torch.cuda.OutOfMemoryError("CUDA out of memory."),
+    "CPU": RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."),
+    "MPS": RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)."),
+    "cuDNN": RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+}
+
+
+class Cramped(nn.Module):
+    """A network on a device that holds only `room` pictures at a time."""
+
+    def __init__(self, net, room, error):
+        super().__init__()
+        self.net, self.room, self.error = net, room, error
+        self.sizes = []
+
+    def forward(self, *batches):
+        self.sizes.append(len(batches[0]))
+        if len(batches[0]) > self.room:
+            raise self.error
+        return self.net(*batches)
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY_ERRORS.values(), ids=OUT_OF_MEMORY_ERRORS.keys())
+def test_out_of_memory_halves_the_batch_until_it_fits(decoder, error):
+    rgb, latent = random_input(64, 64, batch=5)
+    cramped = Cramped(decoder, 2, error)
+    rgba = TransparentVAE(cramped).decode(rgb, latent, passes=2)
+    assert cramped.sizes == [5, 3, 2, 2, 1, 2, 2, 1]
+    torch.testing.assert_close(rgba, TransparentVAE(decoder).decode(rgb, latent, passes=2), rtol=1e-5, atol=1e-6)
+
+
+def test_out_of_memory_is_passed_on_where_not_even_one_picture_fits(decoder):
+    cramped = Cramped(decoder, 0, OUT_OF_MEMORY_ERRORS["CUDA"])
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        TransparentVAE(cramped).decode(*random_input(64, 64, batch=4))
+    assert cramped.sizes == [4, 2, 1]
+
+
+def test_other_errors_are_passed_on_at_once(decoder):
+    cramped = Cramped(decoder, 1, RuntimeError("expected scalar type Half but found Float"))
+    with pytest.raises(RuntimeError, match="scalar type"):
+        TransparentVAE(cramped).decode(*random_input(64, 64, batch=4))
+    assert cramped.sizes == [4]
+
+
+def test_encode_is_300_times_the_networks_answer_to_padded_colors(decoder, encoder):
+    rgba = torch.rand(2, 4, 40, 72)
+    rgba[:, 3, :, 30:] = 0
+    offset = TransparentVAE(decoder, encoder).encode(rgba)
+    assert offset.shape == (2, 4, 5, 9)
+    assert offset.dtype == torch.float32
+    expected = 300 * encoder(torch.cat([rgba[:, 3:], pad_colors(rgba)], dim=1))
+    torch.testing.assert_close(offset, expected)
+
+
+def test_encode_does_not_see_colors_under_full_transparency(decoder, encoder):
+    rgba = torch.rand(1, 4, 40, 40)
+    rgba[:, 3, :, 20:] = 0
+    other = rgba.clone()
+    other[:, :3, :, 20:] = 1
+    vae = TransparentVAE(decoder, encoder)
+    assert torch.equal(vae.encode(rgba), vae.encode(other))
+
+
+def test_encode_goes_on_in_parts_when_out_of_memory(decoder, encoder):
+    rgba = torch.rand(3, 4, 16, 16)
+    cramped = Cramped(encoder, 1, OUT_OF_MEMORY_ERRORS["CUDA"])
+    expected = TransparentVAE(decoder, encoder).encode(rgba)
+    torch.testing.assert_close(TransparentVAE(decoder, cramped).encode(rgba), expected)
+    assert cramped.sizes == [3, 2, 1, 1, 1]
+
+
+def test_encode_refuses_sizes_that_eight_does_not_divide(decoder, encoder):
+    with pytest.raises(LayerDiffuseError, match="44×40"):
+        TransparentVAE(decoder, encoder).encode(torch.rand(1, 4, 40, 44))
+
+
+def test_encode_needs_an_encoder(decoder):
+    with pytest.raises(LayerDiffuseError, match="encoder is missing"):
+        TransparentVAE(decoder).encode(torch.rand(1, 4, 40, 40))
