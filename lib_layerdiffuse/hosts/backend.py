@@ -1,0 +1,339 @@
+"""Stable Diffusion WebUI Forge 2 (`backend` package): lllyasviel/stable-diffusion-webui-forge.
+
+File and line in comments are of commit dfdcbab6.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import wraps
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from backend import memory_management
+from backend.patcher.base import ModelPatcher
+from backend.patcher.lora import load_lora
+from fastapi import HTTPException
+from modules import images, shared, stealth_infotext
+from modules.paths import models_path
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import nn
+
+from lib_layerdiffuse.errors import LayerDiffuseError
+from lib_layerdiffuse.hosts.base import BaseModel
+from lib_layerdiffuse.injection import Injection, Switch, WeightPatch, attention_patches, misfit
+from lib_layerdiffuse.methods import Family
+from lib_layerdiffuse.nets.attention_sharing import ATTENTIONS, BLOCKS, AttentionSharing
+from lib_layerdiffuse.tensors import Latent
+
+log = logging.getLogger("layerdiffuse")
+
+# What the host calls on `p` next, outside the hooks whose exceptions it swallows (modules/processing.py):
+# before sampling (`init` 921, `sample` 989), and after it (`save_samples` 1034, infotext of each picture 751).
+NEXT_STEPS = ("init", "sample", "save_samples", "get_token_merging_ratio")
+SAMPLING = ("sample", "sample_img2img")
+
+# The engine's flag, what it says, and the family that LayerDiffuse has weights for.
+KINDS = (
+    ("is_sd1", "an SD1.5", Family.SD15),
+    ("is_sdxl", "an SDXL", Family.SDXL),
+    ("is_sd2", "an SD2", None),
+    ("is_sd3", "an SD3", None),
+)
+REFINER_CONTEXT = 1280  # width of the text context of the SDXL refiner; the base model has 2048
+
+
+class RefusedJob(LayerDiffuseError, HTTPException):
+    """The page shows its text; the API answers HTTP 422 with the text as `detail`."""
+
+    def __init__(self, error: LayerDiffuseError) -> None:
+        HTTPException.__init__(self, status_code=422, detail=str(error))
+
+    def __str__(self) -> str:
+        return str(self.detail)
+
+
+class BackendHost:
+    """Forge 2; see `base.Host`."""
+
+    def weight_folders(self) -> list[Path]:
+        given = getattr(shared.cmd_opts, "layerdiffuse_models_dir", None)
+        return [Path(folder) for folder in (given, Path(models_path) / "layer_model") if folder]
+
+    def option(self, key: str) -> Any:
+        return getattr(shared.opts, key)
+
+    @contextmanager
+    def progress(self) -> Iterator[Callable[[str, float], None]]:
+        state = shared.state
+        names = ("textinfo", "job_count", "sampling_step", "sampling_steps")
+        before = {name: getattr(state, name) for name in names}
+
+        def report(text: str, fraction: float) -> None:
+            state.textinfo = text
+            state.job_count = max(state.job_count, 1)  # -1 before the first batch, where the bar would stand still
+            state.sampling_step, state.sampling_steps = int(100 * fraction), 100
+
+        try:
+            yield report
+        finally:
+            for name, value in before.items():
+                setattr(state, name, value)
+
+    def interrupted(self) -> bool:
+        return bool(shared.state.interrupted or shared.state.skipped)
+
+    def fail(self, p: Any, error: Exception) -> None:
+        raised = RefusedJob(error) if isinstance(error, LayerDiffuseError) else error
+
+        def end_job(*args: Any, **kwargs: Any) -> Any:
+            raise raised
+
+        for step in NEXT_STEPS:
+            setattr(p, step, end_job)
+
+    def base_model(self, p: Any) -> BaseModel:
+        model = p.sd_model
+        article, family = next(((a, f) for flag, a, f in KINDS if getattr(model, flag, False)), ("a Flux or other", None))
+        config = getattr(model.model_config, "unet_config", {})
+        special = "inpainting " if model.is_inpaint else "refiner " if config.get("context_dim") == REFINER_CONTEXT else ""
+        name = model.sd_checkpoint_info.name_for_extra
+        return BaseModel(name, f"{article} {special}checkpoint", None if special else family)
+
+    def init_images(self, p: Any) -> list[Image.Image]:
+        return list(getattr(p, "init_images", None) or [])
+
+    def set_init_images(self, p: Any, init_images: list[Image.Image]) -> None:
+        p.init_images = init_images
+
+    def has_mask(self, p: Any) -> bool:
+        return getattr(p, "image_mask", None) is not None
+
+    def around_sampling(
+        self, p: Any, injected: Callable[[], AbstractContextManager[None]], finished: Callable[[Latent], None]
+    ) -> None:
+        def around(sampling: Callable[..., Latent]) -> Callable[..., Latent]:
+            @wraps(sampling)
+            def sampled(*args: Any, **kwargs: Any) -> Latent:
+                with injected():
+                    latent = sampling(*args, **kwargs)
+                finished(latent)
+                return latent
+
+            sampled.inside_layerdiffuse = sampling  # type: ignore[attr-defined]
+            return sampled
+
+        for name in SAMPLING:
+            # img2img keeps its sampler over batches, and the hires pass calls the hook twice: wrap the host's own.
+            sampling = getattr(p.sampler, name)
+            setattr(p.sampler, name, around(getattr(sampling, "inside_layerdiffuse", sampling)))
+
+    @contextmanager
+    def inject(self, p: Any, injection: Injection, weight: float, ending_step: float) -> Iterator[None]:
+        objects = p.sd_model.forge_objects
+        unet = objects.unet.clone()
+        plain = dict(unet.lora_patches)
+
+        def merge(on: bool) -> None:
+            start = time.perf_counter()
+            unet.lora_loader.refresh(unet.lora_patches if on else plain, offload_device=unet.offload_device)
+            log.info("switched %s in %.2f s", "on" if on else "off", time.perf_counter() - start)
+
+        switch = Switch(unet.model.predictor.percent_to_sigma(ending_step), merge)
+        if isinstance(injection.content, WeightPatch):
+            patch_weights(unet, injection, injection.content, weight)
+        else:
+            share_attention(unet, injection.content, weight, switch)
+        unet.add_conditioning_modifier(each_step(switch))
+        # Not put back afterwards: the host drops it at its next reset (processing.py:937), and a patcher that nothing
+        # refers to any more is forgotten by its memory management while the model still is on the GPU.
+        objects.unet = unet
+        try:
+            yield
+        except BaseException:
+            # A merge that broke off is neither undone nor noticed by the host (backend/patcher/lora.py:354).
+            unet.lora_loader.refresh(plain, offload_device=unet.offload_device, force_refresh=True)
+            raise
+
+    def vae_latent(self, p: Any, sampler_latent: Latent) -> Latent:
+        return p.sd_model.forge_objects.vae.first_stage_model.process_out(sampler_latent)  # type: ignore[no-any-return]
+
+    def places(self, module: nn.Module, memory: int) -> Iterator[None]:
+        patcher = patcher_of(module, dtype_for(memory_management.get_torch_device()))
+        memory_management.load_models_gpu([patcher], memory_required=memory)
+        yield
+        if memory_management.is_device_cpu(patcher.load_device):
+            return
+        log.info("out of memory: once more with nothing else on the GPU")
+        memory_management.unload_all_models()
+        memory_management.load_models_gpu([patcher], memory_required=memory)
+        yield
+        log.info("out of memory: once more on the CPU")
+        memory_management.unload_all_models()
+        dtype = next(module.parameters()).dtype
+        module.float()
+        try:
+            yield
+        finally:
+            module.to(dtype)
+
+    def show(self, p: Any, processed: Any, extras: Sequence[Sequence[Image.Image]]) -> None:
+        first = processed.index_of_first_image
+        infotexts = processed.infotexts[first:]
+        if first and getattr(p, "is_api", False):
+            for items in (processed.images, processed.infotexts):
+                items.append(items.pop(0))
+            processed.index_of_first_image = 0
+        processed.infotexts.extend(text for images in extras for text, _ in zip(infotexts, images, strict=False))
+        processed.extra_images[:0] = [image for images in extras for image in images]
+
+    def save_beside(self, p: Any, image: Image.Image, path: Path, suffix: str, extension: str, infotext: str) -> None:
+        # A copy, because the host's stealth infotext writes into the pixels of what it saves.
+        saved, _ = images.save_image(
+            image.copy(),
+            str(path.parent),
+            "",
+            extension=extension,
+            info=infotext,
+            p=p,
+            forced_filename=path.stem + suffix,
+            save_to_dirs=False,
+        )
+        image.already_saved_as = saved  # type: ignore[attr-defined]
+
+    def keep_alpha(self, has_real_alpha: Callable[[Any], bool]) -> None:
+        """Keep the stealth infotext, which writes over alpha or fails on RGBA, off images with an alpha of their own.
+
+        has_real_alpha: of the host's ImageSaveParams.
+        """
+        divert(stealth_infotext, "add_stealth_pnginfo", has_real_alpha, lambda params: None)
+
+    def answer_png(self, is_ours: Callable[[Any], bool]) -> None:
+        """Have the API answer with PNG for our images, whatever the format that files are saved in."""
+        from modules.api import api
+
+        divert(api, "encode_pil_to_base64", is_ours, png_base64)
+
+
+def each_step(switch: Switch) -> Callable[..., tuple[Any, ...]]:
+    """A conditioning modifier that changes nothing and tells the switch where sampling is."""
+
+    def modifier(model: Any, x: Any, timestep: Any, *rest: Any) -> tuple[Any, ...]:
+        switch.at(float(timestep[0]))
+        return model, x, timestep, *rest
+
+    return modifier
+
+
+def patch_weights(unet: Any, injection: Injection, patch: WeightPatch, weight: float) -> None:
+    """Hand LoRA and diff to the host's own patcher, and make sure that it takes all of them."""
+    refuse_unfit(unet, injection, patch)
+    files = {f"{key}.lora_{name}.weight": t for key, pair in patch.lora.items() for name, t in zip(("up", "down"), pair)}
+    patches, _ = load_lora(files, {key: key for key in patch.lora})
+    patches |= {key: ("diff", (diff,)) for key, diff in patch.diff.items()}
+    applied = unet.add_patches(filename=f"layerdiffuse {injection.identity}", patches=patches, strength_patch=weight)
+    if lost := patch.shapes().keys() - applied:
+        raise misfit(injection.method, f"Forge took no patch for {len(lost)} of its weights, such as {min(lost)}")
+    if unet.lora_loader.loaded_hash != str(list(unet.lora_patches)):  # what the host compares before it merges
+        log.info("merging %s at weight %g", injection.method.weights, weight)
+
+
+def refuse_unfit(unet: Any, injection: Injection, patch: WeightPatch) -> None:
+    """Before the host touches a weight: it would stop half-way, and leave the first half merged."""
+    found = dict(unet.model.named_parameters())
+    if any(hasattr(weight, mark) for weight in found.values() for mark in ("bnb_quantized", "gguf_cls")):
+        raise LayerDiffuseError(
+            f"{injection.method.label} adds to the weights of the UNet, which is quantised (NF4 or GGUF) in this "
+            "checkpoint. Choose a checkpoint in fp16, bf16 or fp8."
+        )
+    wanted = patch.shapes()
+    shapes = {key: tuple(found[key].shape) for key in wanted.keys() & found.keys()}
+    matrices = {key: (shape[0], found[key][0].numel()) if key in patch.lora else shape for key, shape in shapes.items()}
+    unfit = [key for key, shape in wanted.items() if matrices.get(key) != shape]
+    if unfit:
+        raise misfit(
+            injection.method,
+            f"{len(unfit)} of its {len(wanted)} additions do not fit this UNet, such as {unfit[0]} "
+            f"(file {wanted[unfit[0]]}, UNet {shapes.get(unfit[0], 'has none')})",
+        )
+
+
+def share_attention(unet: Any, sharing: AttentionSharing, weight: float, switch: Switch) -> None:
+    """Put the units into the UNet's attention layers through the host's attention patches."""
+    refuse_replaced(unet)
+    unet.add_extra_model_patcher_during_sampling(patcher_of(sharing, unet.model.computation_dtype))
+    patches = unet.model_options["transformer_options"].setdefault("patches", {})
+    for attention in ATTENTIONS:
+        hosts = {block: getattr(transformer(unet, block), attention) for block in BLOCKS}
+        before, after = attention_patches(sharing, attention, hosts, weight, switch)
+        patches[f"{attention}_patch"] = [*patches.get(f"{attention}_patch", []), before]
+        patches[f"{attention}_output_patch"] = [after, *patches.get(f"{attention}_output_patch", [])]
+
+
+def refuse_replaced(unet: Any) -> None:
+    """Another extension's replacement of an attention layer would be computed, and then silently thrown away."""
+    replaced: Mapping[str, Any] = unet.model_options["transformer_options"].get("patches_replace", {})
+    if any(tuple(block[:2]) in BLOCKS for attention in ATTENTIONS for block in replaced.get(attention, ())):
+        raise LayerDiffuseError(
+            "Another extension replaces the attention layers that the SD1.5 methods work in (IP-Adapter and StyleAlign "
+            "do). Switch it off for this picture, or use an SDXL method."
+        )
+
+
+def transformer(unet: Any, block: tuple[str, int]) -> nn.Module:
+    """The host's transformer block: SD1.5 has one for each position, after the ResNet."""
+    name, index = block
+    model = unet.model.diffusion_model
+    stage = model.middle_block if name == "middle" else getattr(model, f"{name}_blocks")[index]
+    return stage[1].transformer_blocks[0]  # type: ignore[no-any-return]
+
+
+def patcher_of(module: nn.Module, dtype: torch.dtype) -> ModelPatcher:
+    """The host's handle for loading `module`, kept on the module: hosts hold handles weakly."""
+    if "host_patcher" not in module.__dict__:
+        module.host_patcher = ModelPatcher(  # type: ignore[assignment]
+            module.to(dtype),
+            load_device=memory_management.get_torch_device(),
+            offload_device=memory_management.unet_offload_device(),
+        )
+    module.to(dtype)
+    return module.host_patcher
+
+
+def dtype_for(device: torch.device) -> torch.dtype:
+    if memory_management.should_use_fp16(device):
+        return torch.float16
+    return torch.bfloat16 if memory_management.should_use_bf16(device) else torch.float32
+
+
+def divert(module: ModuleType, name: str, condition: Callable[[Any], bool], instead: Callable[[Any], Any]) -> None:
+    """Have `module.name(x)` call `instead(x)` where `condition(x)`; all else reaches the host's function as before."""
+    original = getattr(module, name)
+    if hasattr(original, "diverted_by_layerdiffuse"):  # the host's Reload UI loads scripts again
+        return
+
+    @wraps(original)
+    def diverted(x: Any) -> Any:
+        return instead(x) if condition(x) else original(x)
+
+    diverted.diverted_by_layerdiffuse = True  # type: ignore[attr-defined]
+    setattr(module, name, diverted)
+
+
+def png_base64(image: Image.Image) -> bytes:
+    """The image as PNG with its text chunks, as the host's API encodes it."""
+    text = PngInfo()
+    for key, value in image.info.items():
+        if isinstance(key, str) and isinstance(value, str):
+            text.add_text(key, value)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=text)
+    return base64.b64encode(buffer.getvalue())

@@ -1,0 +1,104 @@
+"""What is shown and what is saved, under which name and format. PIL images at their rim; nothing of a host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lib_layerdiffuse.images import checkerboard, to_pil
+from lib_layerdiffuse.tensors import Rgb, Rgba
+
+# Infotext key that marks a picture as ours, also when it comes back from a file.
+METHOD_KEY = "LayerDiffuse method"
+
+# Formats whose files, as web UIs write them, give back the same pixels and alpha: they turn RGBA into RGB for JPG and
+# WebP, and compress AVIF with loss.
+LOSSLESS = (".png",)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One finished picture: the RGBA, the opaque picture that the host made of the same latent, and what else is wanted."""
+
+    rgba: Image.Image
+    opaque: Image.Image
+    extras: Mapping[str, Image.Image]
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A picture that goes beside the RGBA: its name in the settings, how it is made, and whether JPG may hold it."""
+
+    label: str
+    make: Callable[[Image.Image, Image.Image], Image.Image]  # of the RGBA and the opaque picture
+    lossy: bool
+
+
+EXTRAS: Mapping[str, Extra] = {
+    "opaque": Extra("Opaque picture, as the model painted it", lambda rgba, opaque: opaque, lossy=True),
+    "mask": Extra("Alpha mask", lambda rgba, opaque: rgba.getchannel("A"), lossy=False),
+    "preview": Extra("Preview on a checkerboard", lambda rgba, opaque: on_checkerboard(rgba), lossy=True),
+}
+
+
+def make_picture(rgba: Image.Image, opaque: Image.Image, wanted: Collection[str]) -> Picture:
+    """The picture with the extras that are wanted, in the order of EXTRAS, whatever the order of `wanted`."""
+    return Picture(rgba, opaque, {name: x.make(rgba, opaque) for name, x in EXTRAS.items() if name in wanted})
+
+
+def on_checkerboard(rgba: Image.Image) -> Image.Image:
+    board = to_pil(checkerboard(rgba.height, rgba.width)[0])
+    return Image.composite(rgba.convert("RGB"), board, rgba.getchannel("A"))
+
+
+def host_pixels(pixels: Rgb) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """One picture's pixels [3, H, W] as the host turns them into 8 bits (cut off, not rounded) -> [H, W, 3]."""
+    return (255.0 * np.moveaxis(pixels.cpu().numpy(), 0, 2)).astype(np.uint8)
+
+
+def transparent(decoded: Rgba, painted: Rgb, shown: Image.Image) -> Image.Image:
+    """The decoded picture [4, H, W], with the host's colour where somebody edited the picture after decoding.
+
+    painted: what the host showed at decoding [3, H, W]; shown: what it shows now, of any size and mode.
+    """
+    rgba, rgb = to_pil(decoded), shown.convert("RGB")
+    if rgb.size != rgba.size:  # enlarged since: all its colour is new
+        rgb.putalpha(rgba.getchannel("A").resize(rgb.size, Image.Resampling.LANCZOS))
+        return rgb
+    pixels, colour = np.array(rgba), np.asarray(rgb)
+    edited = (colour != host_pixels(painted)).any(axis=2)
+    pixels[edited, :3] = colour[edited]
+    return Image.fromarray(pixels)
+
+
+def mark(image: Image.Image, picture: Picture | None = None) -> Image.Image:
+    """Mark `image` as ours, with what belongs to it: the mark goes with the object, not with a copy or a file."""
+    image.layerdiffuse = picture  # type: ignore[attr-defined]
+    return image
+
+
+def is_marked(image: Any) -> bool:
+    return hasattr(image, "layerdiffuse")
+
+
+def picture_of(image: Image.Image) -> Picture | None:
+    """The Picture that `image` is the RGBA of, if it is one of ours."""
+    return getattr(image, "layerdiffuse", None)
+
+
+def has_alpha(image: Image.Image) -> bool:
+    """Whether any pixel of the image is not opaque."""
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.mode in ("RGBA", "LA", "PA") and image.convert("RGBA").getchannel("A").getextrema() != (255, 255)
+
+
+def lossless_name(filename: str) -> str:
+    """The file name under which an RGBA keeps all of its pixels."""
+    path = PurePath(filename)
+    return filename if path.suffix.lower() in LOSSLESS else str(path.with_suffix(LOSSLESS[0]))

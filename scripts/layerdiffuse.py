@@ -1,0 +1,103 @@
+"""The web UI's hooks, each handed over to the job's Session; nothing else."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from modules import script_callbacks, scripts
+
+from lib_layerdiffuse import hosts, outputs, ui
+from lib_layerdiffuse.errors import LayerDiffuseError
+from lib_layerdiffuse.request import Request
+from lib_layerdiffuse.session import Session, Workshop
+
+try:
+    host = hosts.detect()
+    workshop = Workshop(host)
+    unsupported = ""
+except LayerDiffuseError as error:
+    unsupported = str(error)
+
+
+@contextmanager
+def ending_job(p: Any) -> Iterator[None]:
+    """Hooks' exceptions are swallowed by the web UI, which goes on to an ordinary picture: end the job instead."""
+    try:
+        yield
+    except Exception as error:
+        host.fail(p, error)
+
+
+def session_of(p: Any) -> Session | None:
+    return getattr(p, "layerdiffuse", None)
+
+
+class LayerDiffuse(scripts.Script):
+    def title(self) -> str:
+        return ui.TITLE
+
+    def show(self, is_img2img: bool) -> Any:
+        return scripts.AlwaysVisible
+
+    def ui(self, is_img2img: bool) -> list[Any]:
+        tab = "img2img" if is_img2img else "txt2img"
+        return ui.notice(tab, unsupported) if unsupported else ui.panel(tab)
+
+    def process(self, p: Any, *args: Any) -> None:
+        p.layerdiffuse = None  # scripts such as X/Y/Z plot run a copy of a `p` that has run before
+        if unsupported:
+            return
+        with ending_job(p):
+            request = Request.parse(args)
+            if request:
+                p.layerdiffuse = workshop.open(p, request)
+                p.extra_generation_params.update(p.layerdiffuse.infotext)
+
+    def process_before_every_sampling(self, p: Any, *args: Any, **kwargs: Any) -> None:
+        if session := session_of(p):
+            with ending_job(p):
+                session.before_sampling(p)
+
+    def postprocess_batch_list(self, p: Any, pp: Any, *args: Any, **kwargs: Any) -> None:
+        if session := session_of(p):
+            with ending_job(p):
+                session.decode_batch(p, pp.images)
+
+    def postprocess_image_after_composite(self, p: Any, pp: Any, *args: Any) -> None:
+        if session := session_of(p):
+            with ending_job(p):
+                pp.image = session.finish_picture(p.batch_index, pp.image)
+
+    def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
+        if session := session_of(p):
+            session.finish(p, processed)
+
+
+def is_transparent_picture(params: Any) -> bool:
+    """Whether the host is about to save one of ours, or one that the user took from the gallery again."""
+    return params.image.mode == "RGBA" and outputs.METHOD_KEY in (params.pnginfo.get("parameters") or "")
+
+
+def before_saved(params: Any) -> None:
+    if not is_transparent_picture(params):
+        return
+    filename = outputs.lossless_name(params.filename)
+    if filename != params.filename and hasattr(params.p, "comment"):
+        params.p.comment(f"LayerDiffuse: saved as PNG, because {Path(params.filename).suffix[1:]} would lose the alpha.")
+    params.filename = filename
+
+
+def after_saved(params: Any) -> None:
+    picture = outputs.picture_of(params.image)
+    for name, image in (picture.extras if picture else {}).items():
+        extension = host.option("samples_format") if outputs.EXTRAS[name].lossy else "png"
+        host.save_beside(params.p, image, Path(params.filename), f"-{name}", extension, params.pnginfo.get("parameters"))
+
+
+if not unsupported:
+    script_callbacks.on_ui_settings(ui.add_settings)
+    script_callbacks.on_before_image_saved(before_saved)
+    script_callbacks.on_image_saved(after_saved)
+    host.keep_alpha(is_transparent_picture)
+    script_callbacks.on_app_started(lambda blocks, app: host.answer_png(outputs.is_marked))
