@@ -1,0 +1,98 @@
+"""Where the tests keep what is made once: random model files, and a data folder for each way of starting Forge.
+
+LAYERDIFFUSE_TEST_DATA names the place; default ~/.cache/sd-forge-layerdiffuse/forge-data.
+
+    <place>/v<GENERATOR_VERSION>/models/            shared by all servers
+    <place>/v<GENERATOR_VERSION>/<name>/            --data-dir of one kind of server: extensions, config.json, outputs
+"""
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from tools.forge import CHECKOUT, EXTENSION, Installation, Server, link
+
+HERE = Path(__file__).resolve().parent
+SYNTHETIC = HERE / "synthetic.py"
+# Read, not imported: torch is Forge's, not ours.
+GENERATOR_VERSION = int(re.search(r"^GENERATOR_VERSION = (\d+)", SYNTHETIC.read_text(encoding="utf-8"), re.MULTILINE)[1])
+
+CHECKPOINTS = {
+    "sd15": "synthetic_sd15.safetensors",
+    "sd15_inpaint": "synthetic_sd15_inpaint.safetensors",
+    "sdxl": "synthetic_sdxl.safetensors",
+}
+MODEL_FILES = (
+    *(Path(name).stem for name in CHECKPOINTS.values()),
+    "synthetic_lora_sd15",
+    "layer_sd15_transparent_attn",
+    "layer_sd15_vae_transparent_decoder",
+    "layer_sd15_vae_transparent_encoder",
+    "layer_xl_transparent_attn",
+    "layer_xl_transparent_conv",
+    "vae_transparent_decoder",
+    "vae_transparent_encoder",
+)
+# Every option that a test changes has its value here: Forge undoes a request's override_settings only where
+# config.json has one. The default live preview of SDXL would download a decoder.
+OPTIONS = {
+    "sd_model_checkpoint": CHECKPOINTS["sd15"],
+    "show_progress_type": "Approx cheap",
+    "samples_format": "png",
+    "stealth_pnginfo_option": "Alpha",
+    "return_grid": False,
+    "save_to_dirs": False,
+    "token_merging_ratio": 0.0,
+}
+PROBE_VARIABLE = "LAYERDIFFUSE_PROBE"
+# Weights in half precision keep SDXL within 16 GB; computing stays in single precision on a CPU.
+SERVER_ARGUMENTS = ("--unet-in-fp16", "--disable-console-progressbars", "--server-name", "127.0.0.1", "--loglevel", "INFO")
+START_LIMIT_S = 600  # 15 on an idle machine of two cores, ten times that on a busy one
+# Threads that wait for work sleep instead of spinning, which on a busy machine takes the cores from those that have some.
+BUSY_MACHINE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+OURS = {EXTENSION: CHECKOUT}
+
+
+def root() -> Path:
+    place = os.environ.get("LAYERDIFFUSE_TEST_DATA", "~/.cache/sd-forge-layerdiffuse/forge-data")
+    return Path(place).expanduser().absolute() / f"v{GENERATOR_VERSION}"
+
+
+def models() -> Path:
+    return root() / "models"
+
+
+def layer_file(name: str) -> Path:
+    return models() / "layer_model" / f"{name}.safetensors"
+
+
+def make_models(installation: Installation, names: Iterable[str] = MODEL_FILES) -> None:
+    """Forge's Python makes what is missing; minutes the first time, nothing after that."""
+    subprocess.run([str(installation.python), str(SYNTHETIC), str(models()), *names], check=True, stdout=subprocess.DEVNULL)
+
+
+def server(installation: Installation, name: str, extensions: Mapping[str, Path], environment: Mapping[str, str] = {}) -> Server:
+    """A server that is not started yet, with the probe and the given extensions and no others."""
+    folder = root() / name
+    clear_links(folder / "extensions")
+    for link_name, source in {"layerdiffuse-probe": HERE / "probe", **extensions}.items():
+        link(source, folder / "extensions" / link_name)
+    (folder / "config.json").write_text(json.dumps(OPTIONS, indent=4), encoding="utf-8")
+    probe_file(name).write_text("", encoding="utf-8")
+    arguments = ("--data-dir", str(folder), "--models-dir", str(models()), *SERVER_ARGUMENTS)
+    environment = {PROBE_VARIABLE: str(probe_file(name)), **BUSY_MACHINE, **environment}
+    return Server(installation, folder / "forge.log", arguments, environment, START_LIMIT_S)
+
+
+def probe_file(name: str) -> Path:
+    return root() / name / "probe.jsonl"
+
+
+def clear_links(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for entry in folder.iterdir():
+        if entry.is_symlink():
+            entry.unlink()

@@ -1,0 +1,62 @@
+"""The files of a job with save_images, whatever the format setting and Forge's stealth infotext would do to them."""
+
+import pytest
+from PIL import Image
+
+from tests.forge.client import SD15_ATTENTION, alpha_varies, layerdiffuse
+
+# Every format and every mode at least once, and the modes that touch pixels with the format they touch.
+# Forge's API answers HTTP 500 in avif ("Invalid image format"), with any picture: there only the files count.
+SETTINGS = (
+    ("png", "Alpha"),
+    ("png", "RGB"),
+    ("png", "None"),
+    ("jpg", "Alpha"),
+    ("webp", "RGB"),
+    ("avif", "None"),
+    pytest.param("jpg", "None", marks=pytest.mark.full),
+    pytest.param("webp", "Alpha", marks=pytest.mark.full),
+    pytest.param("avif", "Alpha", marks=pytest.mark.full),
+)
+
+
+def alpha(image):
+    return image.getchannel("A").tobytes()
+
+
+@pytest.fixture
+def expected(forge):
+    """The picture of the same job, not saved, with the default settings."""
+    return forge.picture(layerdiffuse(SD15_ATTENTION))
+
+
+@pytest.mark.parametrize(("samples_format", "stealth"), SETTINGS)
+def test_the_file_holds_the_transparency(forge, expected, samples_format, stealth):
+    before = forge.saved_files()
+    with forge.options(samples_format=samples_format, stealth_pnginfo_option=stealth):
+        answer = forge.txt2img(layerdiffuse(SD15_ATTENTION), save_images=True)
+    files = sorted(forge.saved_files() - before)
+    opaque = [path for path in files if path.stem.endswith("-opaque")]
+    transparent = [path for path in files if path not in opaque]
+
+    assert [path.suffix for path in transparent] == [".png"], files
+    picture = Image.open(transparent[0])
+    assert picture.format == "PNG" and alpha_varies(picture)
+    assert alpha(picture) == alpha(expected)
+    assert "LayerDiffuse" in picture.text["parameters"]
+
+    assert [path.name for path in opaque] == [f"{transparent[0].stem}-opaque.{samples_format}"], files
+    assert Image.open(opaque[0]).convert("RGBA").getchannel("A").getextrema()[0] >= 254
+
+    if samples_format != "avif":
+        assert answer.status == 200, answer.body
+        assert alpha_varies(answer.images[0])
+        assert alpha(answer.images[0]) == alpha(picture)
+
+
+def test_a_plain_picture_is_saved_as_the_settings_say(forge):
+    before = forge.saved_files()
+    with forge.options(samples_format="jpg"):
+        forge.picture(save_images=True)
+    files = forge.saved_files() - before
+    assert [path.suffix for path in files] == [".jpg"]
