@@ -26,22 +26,27 @@ class WeightPatch:
     @classmethod
     def from_state_dict(cls, sd: StateDict) -> WeightPatch:
         """Keys are `<unet key>::<lora or diff>::<index>`. Raises LayerDiffuseError where they are not."""
-        parts = [key.split("::") for key in sd]
-        bad = next((key for key, part in zip(sd, parts, strict=True) if len(part) != 3), None)
-        if bad or not sd:
+        lora = {
+            key: (sd[f"{key}::lora::0"], sd[f"{key}::lora::1"]) for key in keys_of("lora", sd) & keys_of("lora", sd, 1)
+        }
+        diff = {key: sd[f"{key}::diff::0"] for key in keys_of("diff", sd)}
+        if not sd or 2 * len(lora) + len(diff) != len(sd):
             raise LayerDiffuseError(
-                f"expected additions to SDXL weights (`…::lora::0`, `…::diff::0`), found {len(sd)} tensors such as `{bad}`"
+                "expected additions to SDXL weights, `…::lora::0` with `…::lora::1` or `…::diff::0`, found "
+                f"{len(sd)} tensors such as `{min(sd, default='none')}`"
             )
-        keys = {kind: [key for key, k, index in parts if (k, index) == (kind, "0")] for kind in ("lora", "diff")}
-        return cls(
-            lora={key: (sd[f"{key}::lora::0"], sd[f"{key}::lora::1"]) for key in keys["lora"]},
-            diff={key: sd[f"{key}::diff::0"] for key in keys["diff"]},
-        )
+        return cls(lora, diff)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape that each weight must have for its addition to fit; a LoRA fits the weight as a matrix."""
         matrices = {key: (up.shape[0], down.shape[1]) for key, (up, down) in self.lora.items()}
         return matrices | {key: tuple(diff.shape) for key, diff in self.diff.items()}
+
+
+def keys_of(kind: str, sd: StateDict, index: int = 0) -> set[str]:
+    """The UNet's keys that have an addition of this kind."""
+    end = f"::{kind}::{index}"
+    return {key.removesuffix(end) for key in sd if key.endswith(end)}
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,6 @@ def attention_patches(
         block = extra["block"]
         if block not in pending:
             return answer
-        return units[block](*pending.pop(block), hosts[block], weight)  # type: ignore[no-any-return]
+        return units[block](*pending.pop(block), hosts[block], weight)
 
     return before, after

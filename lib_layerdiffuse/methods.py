@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import Enum
 
-from .errors import LayerDiffuseError
+from lib_layerdiffuse.errors import LayerDiffuseError
 
 
 class _Worded(str, Enum):

@@ -23,7 +23,7 @@ LOSSLESS = (".png",)
 
 @dataclass(frozen=True)
 class Picture:
-    """One finished picture: the RGBA, the opaque picture that the host made of the same latent, and what else is wanted."""
+    """One finished picture: the RGBA, what the host made of the same latent, and what else is wanted."""
 
     rgba: Image.Image
     opaque: Image.Image

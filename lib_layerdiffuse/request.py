@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
-from .errors import LayerDiffuseError
-from .methods import DEFAULT_METHOD, METHODS, Layer, Method, find_method, listed, nearest, shortened
+from lib_layerdiffuse.errors import LayerDiffuseError
+from lib_layerdiffuse.methods import DEFAULT_METHOD, METHODS, Layer, Method, find_method, listed, nearest, shortened
 
 
 class ResizeMode(str, Enum):

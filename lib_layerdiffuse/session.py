@@ -87,7 +87,7 @@ def check_family(method: Method, model: BaseModel) -> None:
 
 
 def opaque(init_image: Image.Image) -> Image.Image:
-    """What img2img can start from so far. Loopback feeds our own pictures back: those have an opaque one beside them."""
+    """What img2img can start from; for a picture of ours, which Loopback feeds back, the opaque one beside it."""
     if own := outputs.picture_of(init_image):
         return own.opaque
     if outputs.has_alpha(init_image):

@@ -19,8 +19,8 @@ from urllib.request import Request, urlopen
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from .errors import LayerDiffuseError
-from .tensors import StateDict
+from lib_layerdiffuse.errors import LayerDiffuseError
+from lib_layerdiffuse.tensors import StateDict
 
 LOG = logging.getLogger("layerdiffuse")
 
@@ -130,7 +130,7 @@ def _promised_size(path: Path) -> int | None:
         if length > HEADER_LIMIT:
             return None
         text = file.read(length)
-    with suppress(ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
+    with suppress(AttributeError, LookupError, RecursionError, TypeError, ValueError):
         rows = json.loads(text)  # any of these exceptions: not JSON, or JSON of something else
         ends = [row["data_offsets"][1] for name, row in rows.items() if name != "__metadata__"]
         return 8 + length + index(max(ends, default=0))
@@ -232,10 +232,10 @@ class _Download:
         """Rename the part, or drop it where it is not what it should be."""
         target = self.folder / self.asset.file
         size, promised = self._state()
+        known = self.asset.sha256
         with self._disk():
-            if size == promised and self.asset.sha256 in ("", _sha256(self.part)):
-                os.replace(self.part, target)
-                return target
+            if size == promised and (not known or known == _sha256(self.part)):
+                return self.part.replace(target)
             self.part.unlink(missing_ok=True)
         raise self._error(f"the {size:,} bytes that came are not that file", "Try again")
 

@@ -1,5 +1,6 @@
 """The web UI's hooks, each handed over to the job's Session; nothing else."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,12 @@ from lib_layerdiffuse import hosts, outputs, ui
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.request import Request
 from lib_layerdiffuse.session import Session, Workshop
+
+log = logging.getLogger("layerdiffuse")
+log.setLevel(logging.INFO)
+if not log.hasHandlers():  # Forge sets up none, unless it is started with --loglevel
+    log.addHandler(logging.StreamHandler())
+    log.handlers[0].setFormatter(logging.Formatter("[LayerDiffuse] %(message)s"))
 
 try:
     host = hosts.detect()
@@ -84,7 +91,8 @@ def before_saved(params: Any) -> None:
         return
     filename = outputs.lossless_name(params.filename)
     if filename != params.filename and hasattr(params.p, "comment"):
-        params.p.comment(f"LayerDiffuse: saved as PNG, because {Path(params.filename).suffix[1:]} would lose the alpha.")
+        lossy = Path(params.filename).suffix[1:]
+        params.p.comment(f"LayerDiffuse: saved as PNG, because {lossy} would lose the alpha.")
     params.filename = filename
 
 
@@ -92,7 +100,8 @@ def after_saved(params: Any) -> None:
     picture = outputs.picture_of(params.image)
     for name, image in (picture.extras if picture else {}).items():
         extension = host.option("samples_format") if outputs.EXTRAS[name].lossy else "png"
-        host.save_beside(params.p, image, Path(params.filename), f"-{name}", extension, params.pnginfo.get("parameters"))
+        infotext = params.pnginfo.get("parameters")
+        host.save_beside(params.p, image, Path(params.filename), f"-{name}", extension, infotext)
 
 
 if not unsupported:

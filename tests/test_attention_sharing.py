@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
+
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.injection import Switch, attention_patches
 from lib_layerdiffuse.nets.attention_sharing import ATTENTIONS, BLOCKS, AttentionSharing
-from torch import nn
 
 WIDTH, CONTEXT, RANK, HEADS = 8, 12, 4, 2
 
@@ -70,7 +71,9 @@ def reference(sd, index, frames, host, h, context, weight):
     for first in range(0, len(h), frames):
         for token in range(h.shape[1]):
             group = x[first : first + frames, token]
-            n = nn.functional.layer_norm(group, (WIDTH,), sd[f"{unit}temporal_n.weight"], sd[f"{unit}temporal_n.bias"], 1e-6)
+            n = nn.functional.layer_norm(
+                group, (WIDTH,), sd[f"{unit}temporal_n.weight"], sd[f"{unit}temporal_n.bias"], 1e-6
+            )
             n = temporal("i", n)
             shared = softmax_attention(*(temporal(letter, n)[None] for letter in "qkv"))[0]
             y[first : first + frames, token] += weight * temporal("o", shared)
@@ -112,7 +115,9 @@ def run_layer(host, before, after, h, block):
     return after(host(n, context, value), extra)
 
 
-@pytest.mark.parametrize(("block", "on", "patched"), [(("input", 1), True, True), (("input", 1), False, False), (("input", 3), True, False)])
+@pytest.mark.parametrize(
+    ("block", "on", "patched"), [(("input", 1), True, True), (("input", 1), False, False), (("input", 3), True, False)]
+)
 def test_patches_replace_the_layer_where_they_belong(block, on, patched):
     host = HostAttention(WIDTH)
     sharing = AttentionSharing.from_state_dict(random_file(1))
@@ -141,7 +146,10 @@ def test_switch_turns_once_for_each_crossing():
     assert turns == [False, True, False]
 
 
-@pytest.mark.parametrize("break_file", [lambda sd: {"conv_in.weight": sd.popitem()[1]}, lambda sd: dict(list(sd.items())[:-1]), lambda sd: {}])
+@pytest.mark.parametrize(
+    "break_file",
+    [lambda sd: {"conv_in.weight": sd.popitem()[1]}, lambda sd: dict(list(sd.items())[:-1]), lambda sd: {}],
+)
 def test_other_files_are_refused(break_file):
-    with pytest.raises(LayerDiffuseError, match="hookers.layers"):
+    with pytest.raises(LayerDiffuseError, match=r"hookers\.layers"):
         AttentionSharing.from_state_dict(break_file(random_file(1)))

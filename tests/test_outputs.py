@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from lib_layerdiffuse import outputs
 from PIL import Image
+
+from lib_layerdiffuse import outputs
 
 
 def solid(mode: str, colour, size=(6, 4)) -> Image.Image:

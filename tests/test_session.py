@@ -5,6 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
+from torch import nn
+
 from lib_layerdiffuse import outputs
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.hosts.base import BaseModel
@@ -12,8 +15,6 @@ from lib_layerdiffuse.methods import Family, find_method
 from lib_layerdiffuse.request import Request
 from lib_layerdiffuse.session import Session, check_family, opaque
 from lib_layerdiffuse.vae import TransparentVAE
-from PIL import Image
-from torch import nn
 
 METHOD = find_method("sd15_transparent_attn")
 
@@ -91,7 +92,7 @@ def shown(pixel):
     return Image.fromarray(outputs.host_pixels(pixel))
 
 
-def session(host, decoder=None, injection=object(), **changes):
+def session(host, decoder=None, injection="injected", **changes):
     return Session(host, request(**changes), injection, TransparentVAE(decoder or Halves()))
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -38,6 +39,8 @@ class Mirror:
     status: int = 200
     ranges: bool = True
     length: int = 0  # announced instead of the true one; negative: none announced
+    chunked: bool = False  # the length comes in the body, piece by piece
+    pause: float = 0  # seconds before a connection breaks
     cuts: list[int] = field(default_factory=list)  # the n-th connection breaks after so many bytes
     asked: list[tuple[str, dict[str, str]]] = field(default_factory=list)
 
@@ -72,9 +75,12 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{total - 1}/{total}")
         if mirror.length >= 0:
             self.send_header("Content-Length", str(mirror.length or total - start))
+        if mirror.chunked:
+            self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         end = start + mirror.cuts.pop(0) if mirror.cuts else total
         self.wfile.write(mirror.body[start:end])
+        time.sleep(mirror.pause)
 
     def log_message(self, *_: object) -> None:
         """Nothing on the terminal."""
@@ -104,6 +110,10 @@ def part_of(folder: Path, content: bytes | None = None) -> Path:
         folder.mkdir(parents=True)
         part.write_bytes(content)
     return part
+
+
+def names_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
 
 
 def obtain(*folders: Path) -> Path:
@@ -174,7 +184,7 @@ def test_download(mirror: Mirror, folder: Path, tmp_path: Path) -> None:
     path = WeightLibrary([folder, tmp_path]).obtain(FILE, lambda *report: reports.append(report))
     assert path == folder / FILE
     assert path.read_bytes() == BODY
-    assert os.listdir(folder) == [FILE]
+    assert names_in(folder) == [FILE]
     fractions = [fraction for _, fraction in reports]
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1
@@ -257,30 +267,49 @@ def test_a_part_that_was_left(mirror: Mirror, folder: Path, part: bytes, starts:
     part_of(folder, part)
     assert obtain(folder).read_bytes() == BODY
     assert mirror.starts() == starts
-    assert os.listdir(folder) == [FILE]
+    assert names_in(folder) == [FILE]
 
 
-def test_a_server_that_announces_no_length(mirror: Mirror, folder: Path) -> None:
-    mirror.length = -1
+def test_a_connection_that_falls_silent_is_continued(
+    mirror: Mirror, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "TIMEOUT", 0.5)
+    mirror.cuts, mirror.pause = [5000], 2
     assert obtain(folder).read_bytes() == BODY
+    assert mirror.starts() == [0, 5000]
+
+
+def test_a_server_that_announces_no_length(mirror: Mirror, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "MB", 1)  # so that the catalogue's size is far below the file's
+    mirror.length = -1
+    fractions: list[float] = []
+    path = WeightLibrary([folder]).obtain(FILE, lambda text, fraction: fractions.append(fraction))
+    assert path.read_bytes() == BODY
+    assert set(fractions) == {1.0}
+
+
+def test_a_body_in_chunks_that_breaks(mirror: Mirror, folder: Path) -> None:
+    mirror.body, mirror.chunked, mirror.length = b"%x\r\n" % len(BODY) + BODY[:5000], True, -1
+    mirror.ranges = False
+    assert "broke off" in refusal(folder)
 
 
 def test_a_length_short_of_the_file(mirror: Mirror, folder: Path) -> None:
     mirror.length = 5000
     assert "the 5,000 bytes that came are not that file" in refusal(folder)
-    assert os.listdir(folder) == []
+    assert names_in(folder) == []
 
 
 def test_a_length_beyond_the_file(mirror: Mirror, folder: Path) -> None:
     mirror.body, mirror.length = BODY[:-100], len(BODY)
     assert "broke off" in refusal(folder)
-    assert os.listdir(folder) == [f"{FILE}.part"]
+    assert names_in(folder) == [f"{FILE}.part"]
 
 
 def test_a_page_instead_of_the_file(mirror: Mirror, folder: Path) -> None:
     mirror.body = PAGE
     assert "are not that file" in refusal(folder)
-    assert os.listdir(folder) == []
+    assert names_in(folder) == []
 
 
 @pytest.mark.parametrize("right", [True, False])
@@ -293,7 +322,7 @@ def test_the_hash_is_checked_where_it_is_known(
         assert obtain(folder).read_bytes() == BODY
     else:
         assert "are not that file" in refusal(folder)
-        assert os.listdir(folder) == []
+        assert names_in(folder) == []
 
 
 # Failures a person has to act on: each names the address, the folder, and what to do
@@ -349,9 +378,7 @@ def test_a_folder_that_cannot_be_made(mirror: Mirror, tmp_path: Path) -> None:
 
 def test_a_disk_that_is_full(mirror: Mirror, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, mode: str) -> IO[bytes]:
-        if mode == "ab":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return open(path, mode)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "open", full)
     message = refusal(folder)

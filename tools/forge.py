@@ -46,7 +46,8 @@ class Installation:
     @functools.cached_property
     def commit(self) -> str:
         command = ["git", "-C", str(self.directory), "rev-parse", "HEAD"]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        found = subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip()
+        return found or "unknown"
 
     @functools.cached_property
     def has_gpu(self) -> bool:
@@ -61,10 +62,14 @@ class Installation:
 def find_installation(environment: Mapping[str, str] = os.environ) -> Installation:
     directory = Path(environment.get("FORGE_DIR", "~/stable-diffusion-webui-forge")).expanduser().absolute()
     if not (directory / "launch.py").is_file():
-        raise ForgeError(f"No Stable Diffusion WebUI Forge in {directory}: install it there, or name its folder in FORGE_DIR.")
+        raise ForgeError(
+            f"No Stable Diffusion WebUI Forge in {directory}: install it there, or name its folder in FORGE_DIR."
+        )
     python = Path(environment.get("FORGE_PYTHON", directory / "venv" / VENV_PYTHON)).expanduser()
     if not python.is_file():
-        raise ForgeError(f"Forge's interpreter {python} is missing: start Forge once by its own script, or name the interpreter in FORGE_PYTHON.")
+        raise ForgeError(
+            f"Forge's interpreter {python} is missing: start Forge once by its own script, or name it in FORGE_PYTHON."
+        )
     return Installation(directory, python)
 
 
@@ -146,13 +151,14 @@ class Server:
     def wait_until_ready(self, deadline: float) -> None:
         while READY not in self.text():
             if self.process.poll() is not None:
-                raise ForgeError(f"Forge ended with status {self.process.returncode} while starting. Its last words:\n{self.last_words()}")
+                raise self.failed(f"ended with status {self.process.returncode} while starting")
             if time.monotonic() > deadline:
-                raise ForgeError(f"Forge was not ready within {self.start_limit_s:.0f} s. Its last words:\n{self.last_words()}")
+                raise self.failed(f"was not ready within {self.start_limit_s:.0f} s")
             time.sleep(0.2)
 
-    def last_words(self, lines: int = 20) -> str:
-        return "\n".join(self.text().splitlines()[-lines:])
+    def failed(self, how: str, lines: int = 20) -> ForgeError:
+        last_words = "\n".join(self.text().splitlines()[-lines:])
+        return ForgeError(f"Forge {how}. Its last words:\n{last_words}")
 
 
 def follow(log: Path, process: subprocess.Popen) -> Iterator[str]:
@@ -182,11 +188,17 @@ def run(arguments: Sequence[str]) -> None:
     """Forge with this checkout as extension, its log on the terminal."""
     installation = find_installation()
     link(CHECKOUT, installation.directory / "extensions" / EXTENSION)
-    log = Path(os.environ.get("TMPDIR", "/tmp" if os.name != "nt" else os.environ["TEMP"])) / f"{EXTENSION}-{os.getpid()}.log"
+    log = (
+        Path(os.environ.get("TMPDIR", "/tmp" if os.name != "nt" else os.environ["TEMP"]))
+        / f"{EXTENSION}-{os.getpid()}.log"
+    )
     print(f"Starting Forge in {installation.directory}{'' if installation.has_gpu else ' on the CPU'} …", flush=True)
     try:
         with interruptible(), suppress(KeyboardInterrupt), Server(installation, log, arguments) as server:
-            print(f"{server.text()}\nForge is ready at {server.url} after {server.start_seconds:.0f} s. Ctrl-C ends it.", flush=True)
+            print(
+                f"{server.text()}\nForge is ready at {server.url} after {server.start_seconds:.0f} s. Ctrl-C ends it.",
+                flush=True,
+            )
             shown = len(server.text())
             for text in follow(log, server.process):
                 print(text[shown:] if shown else text, end="", flush=True)

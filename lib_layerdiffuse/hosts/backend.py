@@ -48,6 +48,7 @@ KINDS = (
     ("is_sd2", "an SD2", None),
     ("is_sd3", "an SD3", None),
 )
+OTHER_KIND = ("", "a Flux or other", None)
 REFINER_CONTEXT = 1280  # width of the text context of the SDXL refiner; the base model has 2048
 
 
@@ -102,11 +103,11 @@ class BackendHost:
 
     def base_model(self, p: Any) -> BaseModel:
         model = p.sd_model
-        article, family = next(((a, f) for flag, a, f in KINDS if getattr(model, flag, False)), ("a Flux or other", None))
-        config = getattr(model.model_config, "unet_config", {})
-        special = "inpainting " if model.is_inpaint else "refiner " if config.get("context_dim") == REFINER_CONTEXT else ""
+        _, kind, family = next((row for row in KINDS if getattr(model, row[0], False)), OTHER_KIND)
+        refiner = getattr(model.model_config, "unet_config", {}).get("context_dim") == REFINER_CONTEXT
+        special = "inpainting " * model.is_inpaint + "refiner " * refiner
         name = model.sd_checkpoint_info.name_for_extra
-        return BaseModel(name, f"{article} {special}checkpoint", None if special else family)
+        return BaseModel(name, f"{kind} {special}checkpoint", None if special else family)
 
     def init_images(self, p: Any) -> list[Image.Image]:
         return list(getattr(p, "init_images", None) or [])
@@ -164,7 +165,7 @@ class BackendHost:
             raise
 
     def vae_latent(self, p: Any, sampler_latent: Latent) -> Latent:
-        return p.sd_model.forge_objects.vae.first_stage_model.process_out(sampler_latent)  # type: ignore[no-any-return]
+        return p.sd_model.forge_objects.vae.first_stage_model.process_out(sampler_latent)
 
     def places(self, module: nn.Module, memory: int) -> Iterator[None]:
         patcher = patcher_of(module, dtype_for(memory_management.get_torch_device()))
@@ -236,7 +237,9 @@ def each_step(switch: Switch) -> Callable[..., tuple[Any, ...]]:
 def patch_weights(unet: Any, injection: Injection, patch: WeightPatch, weight: float) -> None:
     """Hand LoRA and diff to the host's own patcher, and make sure that it takes all of them."""
     refuse_unfit(unet, injection, patch)
-    files = {f"{key}.lora_{name}.weight": t for key, pair in patch.lora.items() for name, t in zip(("up", "down"), pair)}
+    files = {
+        f"{key}.lora_{name}.weight": t for key, pair in patch.lora.items() for name, t in zip(("up", "down"), pair)
+    }
     patches, _ = load_lora(files, {key: key for key in patch.lora})
     patches |= {key: ("diff", (diff,)) for key, diff in patch.diff.items()}
     applied = unet.add_patches(filename=f"layerdiffuse {injection.identity}", patches=patches, strength_patch=weight)
@@ -293,13 +296,13 @@ def transformer(unet: Any, block: tuple[str, int]) -> nn.Module:
     name, index = block
     model = unet.model.diffusion_model
     stage = model.middle_block if name == "middle" else getattr(model, f"{name}_blocks")[index]
-    return stage[1].transformer_blocks[0]  # type: ignore[no-any-return]
+    return stage[1].transformer_blocks[0]
 
 
 def patcher_of(module: nn.Module, dtype: torch.dtype) -> ModelPatcher:
     """The host's handle for loading `module`, kept on the module: hosts hold handles weakly."""
     if "host_patcher" not in module.__dict__:
-        module.host_patcher = ModelPatcher(  # type: ignore[assignment]
+        module.host_patcher = ModelPatcher(
             module.to(dtype),
             load_device=memory_management.get_torch_device(),
             offload_device=memory_management.unet_offload_device(),

@@ -115,13 +115,21 @@ class AttentionSharingUnit(nn.Module):
         return linear(attend_frames(q, k, v, heads), self.temporal_o)
 
 
+class Hookers(nn.Module):
+    """A level of the file's keys."""
+
+    def __init__(self, units: Sequence[AttentionSharingUnit]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(units)
+
+
 class AttentionSharing(nn.Module):
     """All units of a file, `hookers.layers.<i>`, in the order BLOCKS × ATTENTIONS."""
 
     def __init__(self, units: Sequence[AttentionSharingUnit]) -> None:
         super().__init__()
-        self.hookers = nn.Module()
-        self.hookers.layers = nn.ModuleList(units)
+        self.hookers = Hookers(units)
+        self._units = tuple(units)  # the same, with their type
 
     @classmethod
     def from_state_dict(cls, sd: StateDict) -> AttentionSharing:
@@ -139,12 +147,12 @@ class AttentionSharing(nn.Module):
 
     @property
     def frames(self) -> int:
-        return len(self.hookers.layers[0].to_q_lora)
+        return len(self._units[0].to_q_lora)
 
     def units(self, attention: str) -> dict[tuple[str, int], AttentionSharingUnit]:
         """The units of `attn1` or `attn2`, by block."""
         first = ATTENTIONS.index(attention)
-        return dict(zip(BLOCKS, self.hookers.layers[first :: len(ATTENTIONS)], strict=True))
+        return dict(zip(BLOCKS, self._units[first :: len(ATTENTIONS)], strict=True))
 
 
 def _unit_like(sd: StateDict, index: int) -> AttentionSharingUnit:

@@ -26,7 +26,7 @@ JOB_LIMIT_S = 600
 BASE_REQUEST = {
     "prompt": "apple",
     "seed": 1,
-    "steps": 2,
+    "steps": 1,
     "width": 128,
     "height": 128,
     "cfg_scale": 7,
@@ -150,12 +150,13 @@ class Forge:
 
     def describe(self, endpoint: str, body: dict, answer: Answer) -> str:
         arguments = body.get("alwayson_scripts", {}).get("LayerDiffuse", {}).get("args", [False])
-        pictures = body.get("batch_size", 1) * body.get("n_iter", 1)
+        count = body.get("batch_size", 1) * body.get("n_iter", 1)
         what = "transparent" if arguments and arguments[0] is True else "plain"
         extra = ", hires" if body.get("enable_hr") else ""
         extra += f", {body['script_name']}" if body.get("script_name") else ""
         extra += "" if answer.status == 200 else f", refused ({answer.status})"
-        return f"{self.checkpoint} {endpoint} {what} {body['width']}x{body['height']}, {body['steps']} steps, {pictures} pictures{extra}"
+        size = f"{body['width']}x{body['height']}, {body['steps']} steps, {count} pictures"
+        return f"{self.checkpoint} {endpoint} {what} {size}{extra}"
 
     # --- settings
 

@@ -45,7 +45,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for call in forge.calls:
         seconds[call.kind].append(call.seconds)
     terminalreporter.section("Forge")
-    terminalreporter.line(f"ready after {forge.server.start_seconds:.1f} s; {len(forge.calls)} jobs; log: {forge.server.log}")
+    terminalreporter.line(
+        f"ready after {forge.server.start_seconds:.1f} s; {len(forge.calls)} jobs; log: {forge.server.log}"
+    )
     if forge.peak_memory_gb:
         terminalreporter.line(f"peak resident memory {forge.peak_memory_gb:.1f} GB")
     for kind, times in seconds.items():

@@ -18,7 +18,9 @@ from tools.forge import CHECKOUT, EXTENSION, Installation, Server, link
 HERE = Path(__file__).resolve().parent
 SYNTHETIC = HERE / "synthetic.py"
 # Read, not imported: torch is Forge's, not ours.
-GENERATOR_VERSION = int(re.search(r"^GENERATOR_VERSION = (\d+)", SYNTHETIC.read_text(encoding="utf-8"), re.MULTILINE)[1])
+GENERATOR_VERSION = int(
+    re.search(r"^GENERATOR_VERSION = (\d+)", SYNTHETIC.read_text(encoding="utf-8"), re.MULTILINE)[1]
+)
 
 CHECKPOINTS = {
     "sd15": "synthetic_sd15.safetensors",
@@ -49,9 +51,16 @@ OPTIONS = {
 }
 PROBE_VARIABLE = "LAYERDIFFUSE_PROBE"
 # Weights in half precision keep SDXL within 16 GB; computing stays in single precision on a CPU.
-SERVER_ARGUMENTS = ("--unet-in-fp16", "--disable-console-progressbars", "--server-name", "127.0.0.1", "--loglevel", "INFO")
+SERVER_ARGUMENTS = (
+    "--unet-in-fp16",
+    "--disable-console-progressbars",
+    "--server-name",
+    "127.0.0.1",
+    "--loglevel",
+    "INFO",
+)
 START_LIMIT_S = 600  # 15 on an idle machine of two cores, ten times that on a busy one
-# Threads that wait for work sleep instead of spinning, which on a busy machine takes the cores from those that have some.
+# Threads that wait for work sleep: spinning takes the cores, on a busy machine, from threads that have some.
 BUSY_MACHINE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 OURS = {EXTENSION: CHECKOUT}
 
@@ -71,10 +80,14 @@ def layer_file(name: str) -> Path:
 
 def make_models(installation: Installation, names: Iterable[str] = MODEL_FILES) -> None:
     """Forge's Python makes what is missing; minutes the first time, nothing after that."""
-    subprocess.run([str(installation.python), str(SYNTHETIC), str(models()), *names], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [str(installation.python), str(SYNTHETIC), str(models()), *names], check=True, stdout=subprocess.DEVNULL
+    )
 
 
-def server(installation: Installation, name: str, extensions: Mapping[str, Path], environment: Mapping[str, str] = {}) -> Server:
+def server(
+    installation: Installation, name: str, extensions: Mapping[str, Path], environment: Mapping[str, str] = {}
+) -> Server:
     """A server that is not started yet, with the probe and the given extensions and no others."""
     folder = root() / name
     clear_links(folder / "extensions")

@@ -17,6 +17,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -46,8 +47,7 @@ def conv(name: str, n_in: int, n_out: int, kernel: int = 3) -> Shapes:
 
 def conv_chain(name: str, widths: Iterable[int]) -> Shapes:
     """Convolutions with an activation between, as `nn.Sequential` numbers them: 0, 2, 4, …"""
-    widths = list(widths)
-    for i, (n_in, n_out) in enumerate(zip(widths, widths[1:])):
+    for i, (n_in, n_out) in enumerate(pairwise(widths)):
         yield from conv(f"{name}.{2 * i}", n_in, n_out)
 
 
@@ -406,7 +406,7 @@ def inpaint_tensors(rng: torch.Generator, models: Path) -> Tensors:
     """The SD1.5 checkpoint with a first convolution that also reads a mask and the masked picture's latent."""
     key = "model.diffusion_model.input_blocks.0.0.weight"
     with safe_open(write("synthetic_sd15", models), "pt") as source:
-        tensors = {name: source.get_tensor(name) for name in source.keys()}
+        tensors = {name: source.get_tensor(name) for name in source.keys()}  # noqa: SIM118
     extra = random_tensor(key, (BASE_WIDTH, 5, 3, 3), rng).half()
     return {**tensors, key: torch.cat([tensors[key], extra], dim=1)}
 

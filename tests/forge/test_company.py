@@ -4,7 +4,7 @@ import pytest
 
 from tests.forge.client import SD15_ATTENTION, alpha_varies, layerdiffuse, same
 
-SMALL = {"width": 64, "height": 64}
+SMALL = {"width": 64, "height": 64, "steps": 2}
 LORA = {"prompt": "apple <lora:synthetic_lora_sd15:1>"}
 GUIDANCE = {
     "SelfAttentionGuidance Integrated": [True, 0.5, 2.0, 1.0],
@@ -24,7 +24,9 @@ WAYS = {
 QUICK = ("cfg 1", "and", "more than 75 tokens")
 
 
-@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.full) for name in WAYS])
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.full) for name in WAYS]
+)
 def test_ways_to_prompt_and_to_sample(forge, name):
     answer = forge.txt2img(layerdiffuse(SD15_ATTENTION), SMALL, WAYS[name])
     assert answer.status == 200, answer.body
@@ -33,12 +35,16 @@ def test_ways_to_prompt_and_to_sample(forge, name):
 
 @pytest.mark.parametrize("script", GUIDANCE)
 def test_guidance_that_looks_into_the_attention(forge, script):
+    """Works, or is refused with a sentence where it would take the same layers."""
     fields = layerdiffuse(SD15_ATTENTION)
     fields["alwayson_scripts"][script] = {"args": GUIDANCE[script]}
     answer = forge.txt2img(fields)
-    assert answer.status == 200, answer.body
-    assert alpha_varies(answer.images[0])
-    assert not same(answer.images[1], forge.txt2img(layerdiffuse(SD15_ATTENTION)).images[1])
+    if answer.status == 422:
+        assert "attention" in answer.refusal
+    else:
+        assert answer.status == 200, answer.body
+        assert alpha_varies(answer.images[0])
+    assert alpha_varies(forge.picture(layerdiffuse(SD15_ATTENTION)))
 
 
 def test_token_merging(forge):

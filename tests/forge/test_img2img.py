@@ -13,7 +13,9 @@ def disc(mode, size=(128, 128)):
     return image.convert(mode)
 
 
-@pytest.mark.parametrize("mode", ["RGB", pytest.param("L", marks=pytest.mark.full), pytest.param("P", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "mode", ["RGB", pytest.param("L", marks=pytest.mark.full), pytest.param("P", marks=pytest.mark.full)]
+)
 def test_an_opaque_picture(forge, mode):
     answer = forge.img2img(disc("RGB").convert(mode), layerdiffuse(SD15_ATTENTION))
     assert answer.status == 200, answer.body

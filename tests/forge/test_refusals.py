@@ -3,7 +3,15 @@
 import pytest
 
 from tests.forge import data
-from tests.forge.client import SD15_ATTENTION, SDXL_ATTENTION, SDXL_CONV, alpha_varies, layerdiffuse, layerdiffuse_arguments, same
+from tests.forge.client import (
+    SD15_ATTENTION,
+    SDXL_ATTENTION,
+    SDXL_CONV,
+    alpha_varies,
+    layerdiffuse,
+    layerdiffuse_arguments,
+    same,
+)
 
 NOT_BUILT = "(SD1.5) Generate Everything Together (need batch size 3)"
 
@@ -86,7 +94,11 @@ def test_a_batch_of_jobs_stops_at_the_first(forge):
 
 # --- weight files -----------------------------------------------------------------------------------------------
 
-SD15_FILE, SDXL_FILE, OTHER_FILE = "layer_sd15_transparent_attn", "layer_xl_transparent_attn", "layer_sd15_vae_transparent_decoder"
+SD15_FILE, SDXL_FILE, OTHER_FILE = (
+    "layer_sd15_transparent_attn",
+    "layer_xl_transparent_attn",
+    "layer_sd15_vae_transparent_decoder",
+)
 
 
 def test_missing_weights_without_a_network(forge, unharmed, replaced_layer_file):

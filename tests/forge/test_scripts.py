@@ -5,7 +5,7 @@ The img2img Batch tab is the fourth of the kind; it exists on the page only, not
 
 from PIL import Image
 
-from tests.forge.client import SD15_ATTENTION, all_different, alpha_varies, layerdiffuse, same
+from tests.forge.client import SD15_ATTENTION, all_different, layerdiffuse, same
 
 SMALL = {"width": 64, "height": 64}
 SEED_AXIS, NO_AXIS = 1, 0  # positions in the list of axes of scripts/xyz_grid.py
@@ -14,13 +14,23 @@ SEEDS = (1, 2, 3)
 
 def xyz_arguments(x_values, lone_images=True):
     axes = [SEED_AXIS, x_values, [], NO_AXIS, "", [], NO_AXIS, "", []]
-    draw_legend, sub_grids, no_fixed_seeds, vary_seeds, margin, csv_mode = True, False, False, (False, False, False), 0, False
+    draw_legend, sub_grids, no_fixed_seeds, vary_seeds, margin, csv_mode = (
+        True,
+        False,
+        False,
+        (False, False, False),
+        0,
+        False,
+    )
     return [*axes, draw_legend, lone_images, sub_grids, no_fixed_seeds, *vary_seeds, margin, csv_mode]
 
 
 def test_xyz_plot_over_seeds(forge):
     answer = forge.txt2img(
-        layerdiffuse(SD15_ATTENTION), SMALL, script_name="x/y/z plot", script_args=xyz_arguments(", ".join(map(str, SEEDS)))
+        layerdiffuse(SD15_ATTENTION),
+        SMALL,
+        script_name="x/y/z plot",
+        script_args=xyz_arguments(", ".join(map(str, SEEDS))),
     )
     assert answer.status == 200, answer.body
     cells = [image for image in answer.transparent if image.size == (64, 64)]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.forge.client import SD15_ATTENTION, SDXL_ATTENTION, alpha_varies, all_different, layerdiffuse, same
+from tests.forge.client import SD15_ATTENTION, SDXL_ATTENTION, all_different, alpha_varies, layerdiffuse, same
 
 SDXL = pytest.mark.sdxl
 FAMILIES = (("sd15", SD15_ATTENTION), pytest.param("sdxl", SDXL_ATTENTION, marks=SDXL))
@@ -41,7 +41,9 @@ def test_weights_differ(forge):
 
 
 def test_stopping_half_way_differs_from_both_ends(forge, plain_pictures):
-    opaque = {stop: forge.txt2img(layerdiffuse(SD15_ATTENTION, stop=stop), steps=4).images[1] for stop in (0.0, 0.5, 1.0)}
+    opaque = {
+        stop: forge.txt2img(layerdiffuse(SD15_ATTENTION, stop=stop), steps=4).images[1] for stop in (0.0, 0.5, 1.0)
+    }
     assert same(opaque[0.0], plain_pictures["sd15 4 steps"])
     assert all_different(list(opaque.values()))
 

@@ -22,7 +22,8 @@ def table():
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, id=case.name, marks=[pytest.mark.sdxl] if case.checkpoint == "sdxl" else []) for case in CASES]
+    "case",
+    [pytest.param(case, id=case.name, marks=[pytest.mark.sdxl] if case.checkpoint == "sdxl" else []) for case in CASES],
 )
 def test_latents_are_those_of_the_existing_extension(forge, table, case, record_property):
     expected = table[tuple(vars(case).values())]

@@ -22,7 +22,8 @@ class Case:
     @property
     def name(self) -> str:
         kind = "conv" if "Conv" in self.method else "attention"
-        return f"{self.checkpoint}-{kind}-{self.width}x{self.height}-{self.steps}steps-batch{self.batch_size}-seed{self.seed}"
+        size = f"{self.width}x{self.height}-{self.steps}steps-batch{self.batch_size}"
+        return f"{self.checkpoint}-{kind}-{size}-seed{self.seed}"
 
 
 CASES = (

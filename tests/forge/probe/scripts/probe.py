@@ -1,7 +1,7 @@
 """Writes down what the sampler gave, so that two servers can be compared without comparing pictures.
 
-One JSON line for each picture's sampler latent, unless a hires pass made it, appended to the file that the environment variable
-LAYERDIFFUSE_PROBE names. Reads, never changes: a server with this extension makes the pictures of one without.
+One JSON line for each picture's sampler latent, unless a hires pass made it, appended to the file that the environment
+variable LAYERDIFFUSE_PROBE names. Reads, never changes: a server with this extension makes the pictures of one without.
 """
 
 import json
