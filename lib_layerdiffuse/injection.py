@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.methods import Family, Method
-from lib_layerdiffuse.nets.attention_sharing import AttentionSharing
+from lib_layerdiffuse.nets.attention_sharing import ATTENTIONS, AttentionSharing
 from lib_layerdiffuse.tensors import StateDict, Tokens
 from lib_layerdiffuse.weights import fingerprint, read_tensors
 
@@ -99,33 +99,54 @@ class Switch:
             self.turn(wanted)
 
 
-AttentionPatch = Callable[[Tokens, Tokens, Tokens, Mapping[str, Any]], tuple[Tokens, Tokens, Tokens]]
-OutputPatch = Callable[[Tokens, Mapping[str, Any]], Tokens]
+Block = tuple[str, int]
 
 
 def attention_patches(
-    sharing: AttentionSharing, attention: str, hosts: Mapping[tuple[str, int], Any], weight: float, switch: Switch
-) -> tuple[AttentionPatch, OutputPatch]:
-    """The host's `<attention>_patch` and `<attention>_output_patch` that put `sharing` in the place of its attention.
+    sharing: AttentionSharing, hosts: Mapping[tuple[str, Block], Any], weight: float, switch: Switch
+) -> dict[str, Callable[..., Any]]:
+    """What puts `sharing` into a UNet, by the name of the host's patch.
 
-    Must be the last of the former and the first of the latter, so as to nest innermost, as a module would. Between the
-    two the host computes its own attention on what the first returns: one token, as its answer is not used.
+    The `…_output_patch` must be the first of its kind and the others the last, so as to nest innermost, as a module
+    would. The host computes its own attention in between: on one token, as its answer is not used. Other extensions'
+    replacements of the attention itself (`patches_replace`: SAG, PAG, IP-Adapter, StyleAlign) are called with our q, k
+    and v; some come and go within a step, so what is in force is noted at each pass through the UNet.
     They are closures because hosts deep-copy their model options, which leaves nothing but functions as it is.
-    hosts: the UNet's own attention modules by block.
+    hosts: the UNet's own attention modules.
     """
-    units = sharing.units(attention)
-    pending: dict[tuple[str, int], tuple[Tokens, Tokens, Tokens]] = {}
+    units = {(name, block): unit for name in ATTENTIONS for block, unit in sharing.units(name).items()}
+    pending: dict[tuple[str, Block], tuple[Tokens, Tokens, Tokens]] = {}
+    replaced: dict[str, Mapping[Any, Any]] = {}
 
-    def before(h: Tokens, context: Tokens, value: Tokens, extra: Mapping[str, Any]) -> tuple[Tokens, Tokens, Tokens]:
-        if extra["block"] not in units or not switch.on:
-            return h, context, value
-        pending[extra["block"]] = h, context, value
-        return h[:, :1], context[:, :1], value[:, :1]
+    def note(h: Tensor, options: Mapping[str, Any]) -> Tensor:
+        replaced.update({name: options.get("patches_replace", {}).get(name, {}) for name in ATTENTIONS})
+        return h
 
-    def after(answer: Tokens, extra: Mapping[str, Any]) -> Tokens:
-        block = extra["block"]
-        if block not in pending:
-            return answer
-        return units[block](*pending.pop(block), hosts[block], weight)
+    def replacement(name: str, block: Block) -> Callable[..., Tokens] | None:
+        return replaced[name].get((*block, 0), replaced[name].get(block))
 
-    return before, after
+    def before(name: str) -> Callable[..., tuple[Tokens, Tokens, Tokens]]:
+        def patch(h: Tokens, context: Tokens, value: Tokens, extra: Mapping[str, Any]) -> tuple[Tokens, Tokens, Tokens]:
+            block = extra["block"]
+            if (name, block) not in units or not switch.on:
+                return h, context, value
+            pending[name, block] = h, context, value
+            if replacement(name, block):  # it may count on the shapes that it knows
+                return h, context, value
+            return h[:, :1], context[:, :1], value[:, :1]
+
+        return patch
+
+    def after(name: str) -> Callable[..., Tokens]:
+        def patch(answer: Tokens, extra: Mapping[str, Any]) -> Tokens:
+            key = name, extra["block"]
+            if key not in pending:
+                return answer
+            other = replacement(*key)
+            mix = (lambda q, k, v: other(q, k, v, extra)) if other else None
+            return units[key](*pending.pop(key), hosts[key], weight, mix)
+
+        return patch
+
+    attentions = {f"{name}_patch": before(name) for name in ATTENTIONS}
+    return {"input_block_patch": note, **attentions, **{f"{name}_output_patch": after(name) for name in ATTENTIONS}}

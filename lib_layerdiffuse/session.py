@@ -162,8 +162,9 @@ class Session:
                 report(f"LayerDiffuse: decoding, pass {done} of {total}", done / total)
                 return not self.host.interrupted()
 
-            for _ in self.host.places(self.vae.decoder, memory):
+            for device in self.host.places(self.vae.decoder, memory):
                 try:
+                    self.vae.decoder.to(device)  # all of it: short of memory, hosts leave layers behind
                     return self.vae.decode(rgb, latent, self.passes, on_pass)
                 except RuntimeError as error:
                     if not is_out_of_memory(error):
@@ -184,5 +185,5 @@ class Session:
         kinds = [[picture.extras[name] for picture in self.pictures if name in picture.extras] for name in EXTRAS]
         self.host.show(p, processed, kinds)
         for image in (*processed.images, *processed.extra_images):
-            if not outputs.is_marked(image):
+            if isinstance(image, Image.Image) and not outputs.is_marked(image):
                 outputs.mark(image)

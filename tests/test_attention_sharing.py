@@ -108,34 +108,59 @@ def test_weight_0_is_the_host_s_own_attention():
     torch.testing.assert_close(unit(h, h, h, host, 0.0), host(h, h, h))
 
 
-def run_layer(host, before, after, h, block):
-    """What a host does around an attention layer that has patches."""
+NAMES = [(name, block) for name in ATTENTIONS for block in BLOCKS]
+
+
+def run_layer(host, patches, name, h, context, block, replace=None):
+    """What a host does around an attention layer that has patches. replace: of `patches_replace`."""
     extra = {"block": block}
-    n, context, value = before(h, h, h, extra)
-    return after(host(n, context, value), extra)
+    patches["input_block_patch"](h, extra | {"patches_replace": {name: {(*block, 0): replace}} if replace else {}})
+    n, context, value = patches[f"{name}_patch"](h, context, context, extra)
+    if replace:
+        n = host.to_out(replace(host.to_q(n), host.to_k(context), host.to_v(value), extra))
+    else:
+        n = host(n, context, value)
+    return patches[f"{name}_output_patch"](n, extra)
 
 
+@pytest.mark.parametrize("name", ATTENTIONS)
 @pytest.mark.parametrize(
-    ("block", "on", "patched"), [(("input", 1), True, True), (("input", 1), False, False), (("input", 3), True, False)]
+    ("block", "on", "patched"),
+    [(("input", 1), True, True), (("input", 1), False, False), (("input", 3), True, False)],
+    ids=["there", "past Stop At", "elsewhere"],
 )
-def test_patches_replace_the_layer_where_they_belong(block, on, patched):
-    host = HostAttention(WIDTH)
+def test_patches_replace_the_layer_where_they_belong(name, block, on, patched):
+    host = HostAttention(CONTEXT if name == "attn2" else WIDTH)
     sharing = AttentionSharing.from_state_dict(random_file(1))
     switch = Switch(sigma_end=1.0, turn=lambda on: None)
     switch.at(2.0 if on else 0.5)
-    before, after = attention_patches(sharing, "attn1", dict.fromkeys(BLOCKS, host), 1.0, switch)
+    patches = attention_patches(sharing, dict.fromkeys(NAMES, host), 1.0, switch)
     h = torch.randn(2, 5, WIDTH)
-    unit = sharing.units("attn1")[BLOCKS[0]]
-    expected = unit(h, h, h, host, 1.0) if patched else host(h, h, h)
+    context = torch.randn(2, 7, CONTEXT) if name == "attn2" else h
+    unit = sharing.units(name)[BLOCKS[0]]
+    expected = unit(h, context, context, host, 1.0) if patched else host(h, context, context)
     for _ in range(2):  # nothing is left over from the first call
-        torch.testing.assert_close(run_layer(host, before, after, h, block), expected)
+        torch.testing.assert_close(run_layer(host, patches, name, h, context, block), expected)
+
+
+def test_another_extension_s_attention_gets_our_q_k_and_v():
+    """Perturbed attention guidance answers with v, within a step only."""
+    host = HostAttention(WIDTH)
+    sharing = AttentionSharing.from_state_dict(random_file(1))
+    patches = attention_patches(sharing, dict.fromkeys(NAMES, host), 1.0, Switch(0.0, lambda on: None))
+    h = torch.randn(2, 5, WIDTH)
+    unit = sharing.units("attn1")[("middle", 0)]
+    perturbed = run_layer(host, patches, "attn1", h, h, ("middle", 0), lambda q, k, v, extra: v)
+    torch.testing.assert_close(perturbed, unit(h, h, h, host, 1.0, lambda q, k, v: v))
+    torch.testing.assert_close(run_layer(host, patches, "attn1", h, h, ("middle", 0)), unit(h, h, h, host, 1.0))
 
 
 def test_host_computes_one_token_only_where_its_answer_is_not_used():
     sharing = AttentionSharing.from_state_dict(random_file(1))
-    before, _ = attention_patches(sharing, "attn1", {}, 1.0, Switch(0.0, lambda on: None))
+    patches = attention_patches(sharing, {}, 1.0, Switch(0.0, lambda on: None))
     h = torch.randn(2, 5, WIDTH)
-    assert [t.shape[1] for t in before(h, h, h, {"block": ("middle", 0)})] == [1, 1, 1]
+    patches["input_block_patch"](h, {})
+    assert [t.shape[1] for t in patches["attn1_patch"](h, h, h, {"block": ("middle", 0)})] == [1, 1, 1]
 
 
 def test_switch_turns_once_for_each_crossing():

@@ -9,7 +9,7 @@ import base64
 import io
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from pathlib import Path
@@ -167,22 +167,22 @@ class BackendHost:
     def vae_latent(self, p: Any, sampler_latent: Latent) -> Latent:
         return p.sd_model.forge_objects.vae.first_stage_model.process_out(sampler_latent)
 
-    def places(self, module: nn.Module, memory: int) -> Iterator[None]:
+    def places(self, module: nn.Module, memory: int) -> Iterator[torch.device]:
         patcher = patcher_of(module, dtype_for(memory_management.get_torch_device()))
         memory_management.load_models_gpu([patcher], memory_required=memory)
-        yield
+        yield patcher.load_device
         if memory_management.is_device_cpu(patcher.load_device):
             return
         log.info("out of memory: once more with nothing else on the GPU")
         memory_management.unload_all_models()
         memory_management.load_models_gpu([patcher], memory_required=memory)
-        yield
+        yield patcher.load_device
         log.info("out of memory: once more on the CPU")
         memory_management.unload_all_models()
         dtype = next(module.parameters()).dtype
         module.float()
         try:
-            yield
+            yield torch.device("cpu")
         finally:
             module.to(dtype)
 
@@ -271,24 +271,12 @@ def refuse_unfit(unet: Any, injection: Injection, patch: WeightPatch) -> None:
 
 def share_attention(unet: Any, sharing: AttentionSharing, weight: float, switch: Switch) -> None:
     """Put the units into the UNet's attention layers through the host's attention patches."""
-    refuse_replaced(unet)
     unet.add_extra_model_patcher_during_sampling(patcher_of(sharing, unet.model.computation_dtype))
+    hosts = {(name, block): getattr(transformer(unet, block), name) for name in ATTENTIONS for block in BLOCKS}
     patches = unet.model_options["transformer_options"].setdefault("patches", {})
-    for attention in ATTENTIONS:
-        hosts = {block: getattr(transformer(unet, block), attention) for block in BLOCKS}
-        before, after = attention_patches(sharing, attention, hosts, weight, switch)
-        patches[f"{attention}_patch"] = [*patches.get(f"{attention}_patch", []), before]
-        patches[f"{attention}_output_patch"] = [after, *patches.get(f"{attention}_output_patch", [])]
-
-
-def refuse_replaced(unet: Any) -> None:
-    """Another extension's replacement of an attention layer would be computed, and then silently thrown away."""
-    replaced: Mapping[str, Any] = unet.model_options["transformer_options"].get("patches_replace", {})
-    if any(tuple(block[:2]) in BLOCKS for attention in ATTENTIONS for block in replaced.get(attention, ())):
-        raise LayerDiffuseError(
-            "Another extension replaces the attention layers that the SD1.5 methods work in (IP-Adapter and StyleAlign "
-            "do). Switch it off for this picture, or use an SDXL method."
-        )
+    for kind, patch in attention_patches(sharing, hosts, weight, switch).items():
+        others = patches.get(kind, [])
+        patches[kind] = [patch, *others] if kind.endswith("_output_patch") else [*others, patch]
 
 
 def transformer(unet: Any, block: tuple[str, int]) -> nn.Module:

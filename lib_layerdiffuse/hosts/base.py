@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from PIL import Image
 from torch import nn
 
@@ -69,8 +70,8 @@ class Host(Protocol):
     def vae_latent(self, p: Any, sampler_latent: Latent) -> Latent:
         """From sampler space to VAE space (unscaled)."""
 
-    def places(self, module: nn.Module, memory: int) -> Iterator[None]:
-        """Put `module` where it can run with `memory` bytes, at each step somewhere roomier and slower than before."""
+    def places(self, module: nn.Module, memory: int) -> Iterator[torch.device]:
+        """Devices to run `module` on, each roomier and slower than the last; makes room for `memory` bytes there."""
 
     def show(self, p: Any, processed: Any, extras: Sequence[Sequence[Image.Image]]) -> None:
         """Put the extras, each kind in the order of the pictures, behind what the job made (`processed`).

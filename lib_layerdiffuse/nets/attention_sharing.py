@@ -8,8 +8,9 @@ Format: the released `layer_sd15_*.safetensors`; method: arXiv 2402.17113, secti
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,8 @@ BLOCKS: tuple[tuple[str, int], ...] = (
 )
 ATTENTIONS = ("attn1", "attn2")
 NORM_EPS = 1e-6  # not recoverable from the file
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
+
+Attention: TypeAlias = Callable[[Tokens, Tokens, Tokens], Tokens]
 
 
 def linear(x: Tensor, layer: nn.Linear) -> Tensor:
@@ -86,24 +88,30 @@ class AttentionSharingUnit(nn.Module):
         self.temporal_v = nn.Linear(width, width)
         self.temporal_o = nn.Linear(width, width)
 
-    def forward(self, h: Tokens, context: Tokens, value: Tokens, host: Any, weight: float) -> Tokens:
+    def forward(
+        self, h: Tokens, context: Tokens, value: Tokens, host: Any, weight: float, mix: Attention | None = None
+    ) -> Tokens:
         """The layer's answer for `h`, in place of the UNet's own.
 
         h: [(b f), N, C], frames adjacent; context, value: what k and v are computed from, [(b f), M, K].
         host: the UNet's attention module (`to_q`, `to_k`, `to_v`, `to_out`, `heads`).
         weight: scales every added map; 0 gives the UNet's own answer.
+        mix: what another extension put in the place of the attention of q, k and v, [b, N or M, C].
         """
         frames = len(self.to_q_lora)
         h, context, value = (t.unflatten(0, (-1, frames)) for t in (h, context, value))  # -> [b, f, N, C]
-        shared = [self._attend(f, h[:, f], context[:, f], value[:, f], host, weight) for f in range(frames)]
-        answer = torch.stack(shared, dim=1)
+        mix = mix or partial(attend, heads=host.heads)
+        answers = [self._attend(f, h[:, f], context[:, f], value[:, f], host, weight, mix) for f in range(frames)]
+        answer = torch.stack(answers, dim=1)
         return (answer + weight * self._share(h + answer, host.heads)).flatten(0, 1)
 
-    def _attend(self, f: int, h: Tokens, context: Tokens, value: Tokens, host: Any, weight: float) -> Tokens:
+    def _attend(
+        self, f: int, h: Tokens, context: Tokens, value: Tokens, host: Any, weight: float, mix: Attention
+    ) -> Tokens:
         q = host.to_q(h) + weight * self.to_q_lora[f](h)
         k = host.to_k(context) + weight * self.to_k_lora[f](context)
         v = host.to_v(value) + weight * self.to_v_lora[f](value)
-        out = attend(q, k, v, host.heads)
+        out = mix(q, k, v)
         return host.to_out(out) + weight * self.to_out_lora[f](out)
 
     def _share(self, x: Tensor, heads: int) -> Tensor:
