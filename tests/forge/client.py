@@ -113,6 +113,7 @@ class Forge:
     folder: Path
     checkpoint: str = ""
     calls: list[Call] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # shown at the end of the run
     peak_memory_gb: float = 0.0
 
     # --- requests

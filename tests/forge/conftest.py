@@ -50,6 +50,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     )
     if forge.peak_memory_gb:
         terminalreporter.line(f"peak resident memory {forge.peak_memory_gb:.1f} GB")
+    for note in forge.notes:
+        terminalreporter.line(note)
     for kind, times in seconds.items():
         terminalreporter.line(f"{median(times):7.1f} s  {len(times):3d} x  {kind}")
 
@@ -101,10 +103,12 @@ def running(request: pytest.FixtureRequest, installation: Installation, plain_pi
 
 
 @pytest.fixture
-def forge(running: Forge, request: pytest.FixtureRequest) -> Forge:
-    """The server, with the checkpoint that the test's marker asks for."""
+def forge(running: Forge, request: pytest.FixtureRequest) -> Iterator[Forge]:
+    """The server, with the checkpoint that the test's marker asks for. Forge logs scripts' exceptions and goes on."""
     running.use("sdxl" if request.node.get_closest_marker("sdxl") else "sd15")
-    return running
+    mark = running.mark()
+    yield running
+    assert "*** Error" not in running.logged_since(mark)
 
 
 @pytest.fixture

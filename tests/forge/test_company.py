@@ -7,7 +7,7 @@ from tests.forge.client import SD15_ATTENTION, alpha_varies, layerdiffuse, same
 SMALL = {"width": 64, "height": 64, "steps": 2}
 LORA = {"prompt": "apple <lora:synthetic_lora_sd15:1>"}
 GUIDANCE = {
-    "SelfAttentionGuidance Integrated": [True, 0.5, 2.0, 1.0],
+    "SelfAttentionGuidance Integrated (SD 1.x, SD 2.x, SDXL)": [True, 0.5, 2.0, 1.0],
     "PerturbedAttentionGuidance Integrated": [True, 3.0, 0.0, 0.0, 1.0],
 }
 WAYS = {
@@ -36,22 +36,23 @@ def test_ways_to_prompt_and_to_sample(forge, name):
 @pytest.mark.parametrize("script", GUIDANCE)
 def test_guidance_that_looks_into_the_attention(forge, script):
     """Works, or is refused with a sentence where it would take the same layers."""
-    fields = layerdiffuse(SD15_ATTENTION)
-    fields["alwayson_scripts"][script] = {"args": GUIDANCE[script]}
-    answer = forge.txt2img(fields)
+    alone, both = layerdiffuse(SD15_ATTENTION), layerdiffuse(SD15_ATTENTION)
+    both["alwayson_scripts"][script] = {"args": GUIDANCE[script]}
+    before = forge.picture(alone, steps=3)
+    answer = forge.txt2img(both, steps=3)
     if answer.status == 422:
         assert "attention" in answer.refusal
     else:
         assert answer.status == 200, answer.body
-        assert alpha_varies(answer.images[0])
-    assert alpha_varies(forge.picture(layerdiffuse(SD15_ATTENTION)))
+        assert alpha_varies(answer.images[0]) and not same(answer.images[0], before)
+    assert same(forge.picture(alone, steps=3), before)
 
 
 def test_token_merging(forge):
     with forge.options(token_merging_ratio=0.5):
-        answer = forge.txt2img(layerdiffuse(SD15_ATTENTION))
-    assert answer.status == 200, answer.body
-    assert alpha_varies(answer.images[0])
+        merged = forge.picture(layerdiffuse(SD15_ATTENTION))
+    assert alpha_varies(merged)
+    assert not same(merged, forge.picture(layerdiffuse(SD15_ATTENTION)))
 
 
 def test_a_users_lora_counts_in_the_layers_too(forge):
