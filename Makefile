@@ -1,5 +1,5 @@
 # make test              checks and unit tests, on the newest and the oldest versions of what the extension meets
-# make forge             this checkout inside an installed Forge
+# make forge             this checkout inside an installed Forge; ARGS="…" goes to Forge
 # make forge-test        the tests that drive a real Forge; forge-test-full adds those that take minutes
 # make clean             away with the environments and caches
 
@@ -30,7 +30,7 @@ test-newest test-oldest: test-%: .venv/%/ready
 	OMP_NUM_THREADS=1 .venv/$*/bin/python -m pytest --quiet
 
 forge:
-	$(PYTHON) tools/forge.py run
+	$(PYTHON) tools/forge.py run $(ARGS)
 
 forge-test: .venv/forge/ready
 	.venv/forge/bin/python -m pytest tests/forge -m "not full"

@@ -182,8 +182,8 @@ class Session:
 
     def finish(self, p: Any, processed: Any) -> None:
         """Show the extras behind the pictures, by kind."""
-        kinds = [[picture.extras[name] for picture in self.pictures if name in picture.extras] for name in EXTRAS]
-        self.host.show(p, processed, kinds)
+        extras = [picture.extras[name] for name in EXTRAS for picture in self.pictures if name in picture.extras]
+        self.host.show(p, processed, extras)
         for image in (*processed.images, *processed.extra_images):
             if isinstance(image, Image.Image) and not outputs.is_marked(image):
                 outputs.mark(image)

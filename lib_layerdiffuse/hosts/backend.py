@@ -53,13 +53,16 @@ REFINER_CONTEXT = 1280  # width of the text context of the SDXL refiner; the bas
 
 
 class RefusedJob(LayerDiffuseError, HTTPException):
-    """The page shows its text; the API answers HTTP 422 with the text as `detail`."""
+    """The page shows its name and text; the API answers HTTP 422 with the text as `detail`."""
 
     def __init__(self, error: LayerDiffuseError) -> None:
         HTTPException.__init__(self, status_code=422, detail=str(error))
 
     def __str__(self) -> str:
         return str(self.detail)
+
+
+RefusedJob.__name__ = "LayerDiffuse"
 
 
 class BackendHost:
@@ -186,15 +189,13 @@ class BackendHost:
         finally:
             module.to(dtype)
 
-    def show(self, p: Any, processed: Any, extras: Sequence[Sequence[Image.Image]]) -> None:
-        first = processed.index_of_first_image
-        infotexts = processed.infotexts[first:]
-        if first and getattr(p, "is_api", False):
+    def show(self, p: Any, processed: Any, extras: Sequence[Image.Image]) -> None:
+        if processed.index_of_first_image and getattr(p, "is_api", False):
             for items in (processed.images, processed.infotexts):
-                items.append(items.pop(0))
+                items.append(items.pop(0))  # the grid
             processed.index_of_first_image = 0
-        processed.infotexts.extend(text for images in extras for text, _ in zip(infotexts, images, strict=False))
-        processed.extra_images[:0] = [image for images in extras for image in images]
+        # Not among `images`: scripts such as SD upscale take those for the pictures that they asked for.
+        processed.extra_images.extend(extras)
 
     def save_beside(self, p: Any, image: Image.Image, path: Path, suffix: str, extension: str, infotext: str) -> None:
         # A copy, because the host's stealth infotext writes into the pixels of what it saves.

@@ -73,11 +73,8 @@ class Host(Protocol):
     def places(self, module: nn.Module, memory: int) -> Iterator[torch.device]:
         """Devices to run `module` on, each roomier and slower than the last; makes room for `memory` bytes there."""
 
-    def show(self, p: Any, processed: Any, extras: Sequence[Sequence[Image.Image]]) -> None:
-        """Put the extras, each kind in the order of the pictures, behind what the job made (`processed`).
-
-        In an answer to the API the pictures come first, before the grid.
-        """
+    def show(self, p: Any, processed: Any, extras: Sequence[Image.Image]) -> None:
+        """Put the extras behind what the job made (`processed`), where, for the API, the pictures precede the grid."""
 
     def save_beside(self, p: Any, image: Image.Image, path: Path, suffix: str, extension: str, infotext: str) -> None:
         """Save `image` in `path`'s folder, under its name with `suffix`."""
