@@ -72,7 +72,7 @@ class Workshop:
 
             def report(text: str, fraction: float) -> None:
                 if self.host.interrupted():
-                    raise LayerDiffuseError(f"Interrupted while {text}. It goes on from there the next time.")
+                    raise LayerDiffuseError(f"{text}, interrupted. The next job goes on from there.")
                 show(text, fraction)
 
             return library.obtain(file, report)

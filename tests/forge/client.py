@@ -111,6 +111,7 @@ class Forge:
     server: Server
     probe: Path
     folder: Path
+    hub_port: int = 0  # where the server looks for downloads
     checkpoint: str = ""
     calls: list[Call] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # shown at the end of the run

@@ -16,10 +16,9 @@ from PIL import Image
 
 from tests.forge import data
 from tests.forge.client import BASE_REQUEST, Forge
-from tools.forge import ForgeError, Installation, find_installation
+from tools.forge import ForgeError, Installation, find_installation, free_port
 
 HERE = Path(__file__).resolve().parent
-CLOSED_ENDPOINT = "http://127.0.0.1:9"  # the discard port: a download fails at once
 PLAIN_SERVER, SERVER = "plain", "ours"
 # Txt2img jobs without LayerDiffuse, made once by a Forge that does not have the extension.
 PLAIN_JOBS = {
@@ -94,9 +93,10 @@ def make_plain_pictures(installation: Installation, files: dict[str, Path]) -> N
 
 @pytest.fixture(scope="session")
 def running(request: pytest.FixtureRequest, installation: Installation, plain_pictures: dict) -> Iterator[Forge]:
-    environment = {"HF_ENDPOINT": CLOSED_ENDPOINT}
+    hub_port = free_port()  # a download fails at once, unless a test serves it there
+    environment = {"HF_ENDPOINT": f"http://127.0.0.1:{hub_port}"}
     with data.server(installation, SERVER, data.OURS, environment) as server:
-        forge = Forge(server, data.probe_file(SERVER), data.root() / SERVER)
+        forge = Forge(server, data.probe_file(SERVER), data.root() / SERVER, hub_port)
         request.config.stash[started] = forge
         yield forge
         forge.note_peak_memory()
