@@ -46,7 +46,8 @@ class Workshop:
         check_family(method, self.host.base_model(p))
         if self.host.has_mask(p):
             raise LayerDiffuseError(f"LayerDiffuse does not do inpainting yet. Remove the mask, or {SWITCH_OFF}.")
-        self.host.set_init_images(p, [opaque(image) for image in self.host.init_images(p)])
+        if init_images := self.host.init_images(p):
+            self.host.set_init_images(p, [opaque(image) for image in init_images])
         injection = self._injection(method) if request.injects else None
         return Session(self.host, request, injection, self._vae(method.family))
 

@@ -1,0 +1,68 @@
+"""Weight files become injections, or a sentence that names the file."""
+
+import pytest
+import torch
+from lib_layerdiffuse.errors import LayerDiffuseError
+from lib_layerdiffuse.injection import WeightPatch, load_injection
+from lib_layerdiffuse.methods import find_method
+from safetensors.torch import save_file
+
+from tests.test_attention_sharing import random_file
+
+KEY = "diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight"
+CONV = "diffusion_model.input_blocks.0.0.weight"
+LORA = {f"{KEY}::lora::0": torch.randn(6, 2), f"{KEY}::lora::1": torch.randn(2, 4)}
+DIFF = {f"{CONV}::diff::0": torch.randn(6, 4, 3, 3)}
+
+SDXL = find_method("xl_transparent_attn")
+SD15 = find_method("sd15_transparent_attn")
+
+
+def test_additions_by_key():
+    patch = WeightPatch.from_state_dict(LORA | DIFF)
+    assert patch.lora[KEY] == (LORA[f"{KEY}::lora::0"], LORA[f"{KEY}::lora::1"])
+    assert patch.diff[CONV] is DIFF[f"{CONV}::diff::0"]
+    assert patch.shapes() == {KEY: (6, 4), CONV: (6, 4, 3, 3)}
+
+
+@pytest.mark.parametrize(
+    "sd",
+    [
+        {},
+        {"conv_in.weight": torch.zeros(1)},
+        DIFF | {"conv_in.weight": torch.zeros(1)},
+        {f"{KEY}::lora::0": torch.zeros(6, 2)},
+        {f"{KEY}::lora::1": torch.zeros(2, 4)},
+        {f"{KEY}::glora::0": torch.zeros(6, 2)},
+    ],
+    ids=["empty", "other file", "mixed", "up alone", "down alone", "other kind"],
+)
+def test_what_is_not_all_additions_is_refused(sd):
+    with pytest.raises(LayerDiffuseError, match=f"found {len(sd)} tensors"):
+        WeightPatch.from_state_dict(sd)
+
+
+def test_identity_changes_with_the_file(tmp_path):
+    path = tmp_path / SDXL.weights
+    save_file(LORA, path)
+    first = load_injection(SDXL, path)
+    assert first.content.lora.keys() == {KEY}
+    assert load_injection(SDXL, path).identity == first.identity
+    save_file(LORA | DIFF, path)
+    assert load_injection(SDXL, path).identity != first.identity
+
+
+@pytest.mark.parametrize(
+    ("method", "content", "reason"),
+    [
+        (SD15, LORA, "expected SD1.5 attention layers"),
+        (SDXL, random_file(1), "expected additions to SDXL weights"),
+        (SD15, random_file(3), "expected 1 frames for each picture, found 3"),
+    ],
+    ids=["SDXL file for SD1.5", "SD1.5 file for SDXL", "joint file for one layer"],
+)
+def test_a_file_of_another_kind_is_named(tmp_path, method, content, reason):
+    path = tmp_path / method.weights
+    save_file(content, path)
+    with pytest.raises(LayerDiffuseError, match=f"{method.weights} is not the weight file.*{reason}"):
+        load_injection(method, path)
