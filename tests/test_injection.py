@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.injection import WeightPatch, load_injection
 from lib_layerdiffuse.methods import find_method
-from safetensors.torch import save_file
-
 from tests.test_attention_sharing import random_file
 
 KEY = "diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight"
