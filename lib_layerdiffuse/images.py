@@ -67,6 +67,12 @@ def compose(rgba: Rgba, background: Rgb) -> Rgb:
     return color * alpha + background.to(rgba) * (1 - alpha)
 
 
+def over_grey(image: Image.Image) -> Image.Image:
+    """The image without transparency, as transparent latents show it to the VAE: composed over the middle grey."""
+    pixels = from_pil(image)[None]
+    return to_pil(compose(pixels, torch.tensor(0.5))[0]) if pixels.shape[1] == 4 else image
+
+
 def to_pil(picture: Tensor) -> Image.Image:
     """[3 or 4, H, W], clipped to [0, 1] -> an RGB or RGBA image, to the nearest of its 256 values."""
     values = (picture.float().clamp(0, 1) * 255).round().to(torch.uint8)

@@ -14,6 +14,7 @@ from PIL import Image
 from lib_layerdiffuse import outputs
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.hosts.base import BaseModel, Host
+from lib_layerdiffuse.images import over_grey
 from lib_layerdiffuse.injection import Injection, load_injection
 from lib_layerdiffuse.methods import DECODERS, Family, Method
 from lib_layerdiffuse.nets.decoder import TransparentDecoder
@@ -48,6 +49,7 @@ class Workshop:
             raise LayerDiffuseError(f"LayerDiffuse does not do inpainting yet. Remove the mask, or {SWITCH_OFF}.")
         if init_images := self.host.init_images(p):
             self.host.set_init_images(p, [opaque(image) for image in init_images])
+        self.host.flatten_upscaled(p, over_grey)
         injection = self._injection(method) if request.injects else None
         return Session(self.host, request, injection, self._vae(method.family))
 

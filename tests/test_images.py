@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lib_layerdiffuse.images import checkerboard, compose, from_pil, pad_colors, shrink, to_pil
+from lib_layerdiffuse.images import checkerboard, compose, from_pil, over_grey, pad_colors, shrink, to_pil
 
 sides = st.integers(1, 40)
 seeds = st.integers(0, 2**32 - 1)
@@ -140,3 +140,13 @@ def test_from_pil_knows_a_transparent_palette_color():
     image = Image.new("P", (5, 3))
     image.info["transparency"] = 0
     assert not from_pil(image)[3].any()
+
+
+def test_over_grey():
+    image = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
+    image.putpixel((1, 0), (255, 0, 0, 0))
+    flat = over_grey(image)
+    assert flat.mode == "RGB"
+    assert [flat.getpixel((x, 0)) for x in (0, 1)] == [(255, 0, 0), (128, 128, 128)]
+    opaque = Image.new("RGB", (2, 1))
+    assert over_grey(opaque) is opaque

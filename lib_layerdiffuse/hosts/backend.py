@@ -118,6 +118,10 @@ class BackendHost:
     def set_init_images(self, p: Any, init_images: list[Image.Image]) -> None:
         p.init_images = init_images
 
+    def flatten_upscaled(self, p: Any, flatten: Callable[[Image.Image], Image.Image]) -> None:
+        if getattr(p, "firstpass_image", None) is not None:
+            p.firstpass_image = flatten(p.firstpass_image)
+
     def has_mask(self, p: Any) -> bool:
         return getattr(p, "image_mask", None) is not None
 

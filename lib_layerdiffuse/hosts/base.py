@@ -53,6 +53,9 @@ class Host(Protocol):
     def set_init_images(self, p: Any, init_images: list[Image.Image]) -> None:
         """Have img2img start from these instead."""
 
+    def flatten_upscaled(self, p: Any, flatten: Callable[[Image.Image], Image.Image]) -> None:
+        """The upscale button under the gallery starts from a finished picture, which hosts take for RGB."""
+
     def has_mask(self, p: Any) -> bool:
         """Whether this is inpainting."""
 
