@@ -81,13 +81,13 @@ class LayerDiffuse(scripts.Script):
             session.finish(p, processed)
 
 
-def is_transparent_picture(params: Any) -> bool:
-    """Whether the host is about to save one of ours, or one that the user took from the gallery again."""
-    return params.image.mode == "RGBA" and outputs.METHOD_KEY in (params.pnginfo.get("parameters") or "")
+def must_keep_pixels(params: Any) -> bool:
+    """Whether the host is about to save a transparent picture or mask of ours, perhaps from the gallery again."""
+    return params.image.mode != "RGB" and outputs.METHOD_KEY in (params.pnginfo.get("parameters") or "")
 
 
 def before_saved(params: Any) -> None:
-    if not is_transparent_picture(params):
+    if not must_keep_pixels(params):
         return
     filename = outputs.lossless_name(params.filename)
     if filename != params.filename and hasattr(params.p, "comment"):
@@ -108,5 +108,5 @@ if not unsupported:
     script_callbacks.on_ui_settings(ui.add_settings)
     script_callbacks.on_before_image_saved(before_saved)
     script_callbacks.on_image_saved(after_saved)
-    host.keep_alpha(is_transparent_picture)
+    host.keep_pixels(must_keep_pixels)
     script_callbacks.on_app_started(lambda blocks, app: host.answer_png(outputs.is_marked))

@@ -215,12 +215,12 @@ class BackendHost:
         )
         image.already_saved_as = saved  # type: ignore[attr-defined]
 
-    def keep_alpha(self, has_real_alpha: Callable[[Any], bool]) -> None:
-        """Keep the stealth infotext, which writes over alpha or fails on RGBA, off images with an alpha of their own.
+    def keep_pixels(self, condition: Callable[[Any], bool]) -> None:
+        """Keep the stealth infotext, which writes over alpha or fails on other modes than RGB, off some images.
 
-        has_real_alpha: of the host's ImageSaveParams.
+        condition: of the host's ImageSaveParams.
         """
-        divert(stealth_infotext, "add_stealth_pnginfo", has_real_alpha, lambda params: None)
+        divert(stealth_infotext, "add_stealth_pnginfo", condition, lambda params: None)
 
     def answer_png(self, is_ours: Callable[[Any], bool]) -> None:
         """Have the API answer with PNG for our images, whatever the format that files are saved in."""

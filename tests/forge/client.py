@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from tests.forge.data import CHECKPOINTS
+from tests.forge.data import CHECKPOINTS, OPTIONS
 from tools.forge import Server
 
 SD15_ATTENTION = "(SD1.5) Only Generate Transparent Image (Attention Injection)"
@@ -174,13 +174,12 @@ class Forge:
 
     @contextmanager
     def options(self, **values) -> Iterator[None]:
-        """The server's settings with these values, until the block ends."""
-        before = self.request("sdapi/v1/options").body
+        """The server's settings with these values, until the block ends; what they were, data.OPTIONS says."""
         self.set_options(**values)
         try:
             yield
         finally:
-            self.set_options(**{name: before[name] for name in values})
+            self.set_options(**{name: OPTIONS[name] for name in values})
 
     # --- what it wrote
 

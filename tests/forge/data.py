@@ -48,6 +48,8 @@ OPTIONS = {
     "return_grid": False,
     "save_to_dirs": False,
     "token_merging_ratio": 0.0,
+    "layerdiffuse_passes": 8,
+    "layerdiffuse_extras": ["opaque"],
 }
 PROBE_VARIABLE = "LAYERDIFFUSE_PROBE"
 # Weights in half precision keep SDXL within 16 GB; computing stays in single precision on a CPU.

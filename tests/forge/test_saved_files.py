@@ -59,3 +59,25 @@ def test_a_plain_picture_is_saved_as_the_settings_say(forge):
         forge.picture(save_images=True)
     files = forge.saved_files() - before
     assert [path.suffix for path in files] == [".jpg"]
+
+
+def test_all_that_goes_beside_a_picture(forge, expected):
+    """With the stealth infotext on, as it is by default: it cannot write into a mask."""
+    before = forge.saved_files()
+    with forge.options(layerdiffuse_extras=["preview", "mask", "opaque"]):
+        answer = forge.txt2img(layerdiffuse(SD15_ATTENTION), save_images=True)
+    assert answer.status == 200, answer.body
+    assert [image.mode for image in answer.images] == ["RGBA", "RGB", "L", "RGB"]
+    assert answer.images[2].tobytes() == alpha(expected)
+    files = {path.stem.rpartition("-")[2]: Image.open(path) for path in forge.saved_files() - before}
+    assert files.keys() > {"opaque", "mask", "preview"} and len(files) == 4
+    assert files["mask"].mode == "L" and files["mask"].tobytes() == alpha(expected)
+
+
+def test_nothing_else_is_saved_where_nothing_else_is_wanted(forge):
+    before = forge.saved_files()
+    with forge.options(layerdiffuse_extras=[], layerdiffuse_passes=1):
+        answer = forge.txt2img(layerdiffuse(SD15_ATTENTION), save_images=True)
+    assert [image.mode for image in answer.images] == ["RGBA"]
+    assert len(forge.saved_files() - before) == 1
+    assert "LayerDiffuse passes: 1" in answer.infotexts[0]
