@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -188,10 +189,7 @@ def run(arguments: Sequence[str]) -> None:
     """Forge with this checkout as extension, its log on the terminal."""
     installation = find_installation()
     link(CHECKOUT, installation.directory / "extensions" / EXTENSION)
-    log = (
-        Path(os.environ.get("TMPDIR", "/tmp" if os.name != "nt" else os.environ["TEMP"]))
-        / f"{EXTENSION}-{os.getpid()}.log"
-    )
+    log = Path(tempfile.gettempdir()) / f"{EXTENSION}-{os.getpid()}.log"
     print(f"Starting Forge in {installation.directory}{'' if installation.has_gpu else ' on the CPU'} …", flush=True)
     try:
         with interruptible(), suppress(KeyboardInterrupt), Server(installation, log, arguments) as server:
