@@ -23,9 +23,8 @@ LOSSLESS = (".png",)
 
 @dataclass(frozen=True)
 class Picture:
-    """One finished picture: the RGBA, what the host made of the same latent, and what else is wanted."""
+    """What belongs to a finished RGBA: what the host made of the same latent, and what else is wanted."""
 
-    rgba: Image.Image
     opaque: Image.Image
     extras: Mapping[str, Image.Image]
 
@@ -48,7 +47,7 @@ EXTRAS: Mapping[str, Extra] = {
 
 def make_picture(rgba: Image.Image, opaque: Image.Image, wanted: Collection[str]) -> Picture:
     """The picture with the extras that are wanted, in the order of EXTRAS, whatever the order of `wanted`."""
-    return Picture(rgba, opaque, {name: x.make(rgba, opaque) for name, x in EXTRAS.items() if name in wanted})
+    return Picture(opaque, {name: x.make(rgba, opaque) for name, x in EXTRAS.items() if name in wanted})
 
 
 def on_checkerboard(rgba: Image.Image) -> Image.Image:

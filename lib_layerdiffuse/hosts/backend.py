@@ -294,13 +294,13 @@ def transformer(unet: Any, block: tuple[str, int]) -> nn.Module:
 
 def patcher_of(module: nn.Module, dtype: torch.dtype) -> ModelPatcher:
     """The host's handle for loading `module`, kept on the module: hosts hold handles weakly."""
+    module.to(dtype)
     if "host_patcher" not in module.__dict__:
         module.host_patcher = ModelPatcher(
-            module.to(dtype),
+            module,
             load_device=memory_management.get_torch_device(),
             offload_device=memory_management.unet_offload_device(),
         )
-    module.to(dtype)
     return module.host_patcher
 
 

@@ -7,7 +7,6 @@ Format: the released `layer_sd15_*.safetensors`; method: arXiv 2402.17113, secti
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib_layerdiffuse.errors import LayerDiffuseError
+from lib_layerdiffuse.nets.loading import children
 from lib_layerdiffuse.tensors import StateDict, Tokens
 
 # The transformer blocks of the SD1.5 UNet in the order of the file; each has `attn1` (self), then `attn2` (text).
@@ -167,5 +167,4 @@ def _unit_like(sd: StateDict, index: int) -> AttentionSharingUnit:
     prefix = f"hookers.layers.{index}."
     rank, width = sd[prefix + "to_q_lora.0.down.weight"].shape
     context = sd[prefix + "to_k_lora.0.down.weight"].shape[1]
-    frames = sum(bool(re.fullmatch(re.escape(prefix) + r"to_q_lora\.\d+\.down\.weight", key)) for key in sd)
-    return AttentionSharingUnit(width, context, rank, frames)
+    return AttentionSharingUnit(width, context, rank, frames=children(sd, prefix + "to_q_lora."))

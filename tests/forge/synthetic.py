@@ -158,21 +158,21 @@ def unet(layout: UNetLayout) -> Shapes:
 # --- VAE and text encoders --------------------------------------------------------------------------------------
 
 
-def vae_resnet(name: str, n_in: int, n_out: int) -> Shapes:
+def resnet(name: str, n_in: int, n_out: int, shortcut: str) -> Shapes:
     yield from affine(f"{name}.norm1", n_in)
     yield from conv(f"{name}.conv1", n_in, n_out)
     yield from affine(f"{name}.norm2", n_out)
     yield from conv(f"{name}.conv2", n_out, n_out)
     if n_in != n_out:
-        yield from conv(f"{name}.nin_shortcut", n_in, n_out, 1)
+        yield from conv(f"{name}.{shortcut}", n_in, n_out, 1)
 
 
 def vae_middle(name: str, width: int) -> Shapes:
-    yield from vae_resnet(f"{name}.block_1", width, width)
+    yield from resnet(f"{name}.block_1", width, width, "nin_shortcut")
     yield from affine(f"{name}.attn_1.norm", width)
     for part in ("q", "k", "v", "proj_out"):
         yield from conv(f"{name}.attn_1.{part}", width, width, 1)
-    yield from vae_resnet(f"{name}.block_2", width, width)
+    yield from resnet(f"{name}.block_2", width, width, "nin_shortcut")
 
 
 def vae(widths: tuple[int, ...] = (128, 256, 512, 512), latent_channels: int = 4) -> Shapes:
@@ -180,7 +180,7 @@ def vae(widths: tuple[int, ...] = (128, 256, 512, 512), latent_channels: int = 4
     yield from conv("encoder.conv_in", 3, width)
     for level, out in enumerate(widths):
         for i in range(2):
-            yield from vae_resnet(f"encoder.down.{level}.block.{i}", width, out)
+            yield from resnet(f"encoder.down.{level}.block.{i}", width, out, "nin_shortcut")
             width = out
         if level < last:
             yield from conv(f"encoder.down.{level}.downsample.conv", width, width)
@@ -194,7 +194,7 @@ def vae(widths: tuple[int, ...] = (128, 256, 512, 512), latent_channels: int = 4
     yield from vae_middle("decoder.mid", width)
     for level, out in reversed(list(enumerate(widths))):
         for i in range(3):
-            yield from vae_resnet(f"decoder.up.{level}.block.{i}", width, out)
+            yield from resnet(f"decoder.up.{level}.block.{i}", width, out, "nin_shortcut")
             width = out
         if level:
             yield from conv(f"decoder.up.{level}.upsample.conv", width, width)
@@ -260,15 +260,6 @@ SD15_ATTENTION_BLOCKS = (
 )
 
 
-def decoder_resnet(name: str, n_in: int, n_out: int) -> Shapes:
-    yield from affine(f"{name}.norm1", n_in)
-    yield from conv(f"{name}.conv1", n_in, n_out)
-    yield from affine(f"{name}.norm2", n_out)
-    yield from conv(f"{name}.conv2", n_out, n_out)
-    if n_in != n_out:
-        yield from conv(f"{name}.conv_shortcut", n_in, n_out, 1)
-
-
 def decoder_attention(name: str, width: int) -> Shapes:
     yield from affine(f"{name}.group_norm", width)
     for part in ("to_q", "to_k", "to_v", "to_out.0"):
@@ -282,7 +273,7 @@ def transparent_decoder() -> Shapes:
     yield from conv("latent_conv_in", 4, DECODER_WIDTHS[2], 1)
     for i, out in enumerate(DECODER_WIDTHS):
         for j in range(2):
-            yield from decoder_resnet(f"down_blocks.{i}.resnets.{j}", width, out)
+            yield from resnet(f"down_blocks.{i}.resnets.{j}", width, out, "conv_shortcut")
             if i > last - DECODER_ATTENTION_LEVELS:
                 yield from decoder_attention(f"down_blocks.{i}.attentions.{j}", out)
             width = out
@@ -292,12 +283,12 @@ def transparent_decoder() -> Shapes:
             skips.append(out)
 
     for j in range(2):
-        yield from decoder_resnet(f"mid_block.resnets.{j}", width, width)
+        yield from resnet(f"mid_block.resnets.{j}", width, width, "conv_shortcut")
     yield from decoder_attention("mid_block.attentions.0", width)
 
     for i, out in enumerate(reversed(DECODER_WIDTHS)):
         for j in range(3):
-            yield from decoder_resnet(f"up_blocks.{i}.resnets.{j}", width + skips.pop(), out)
+            yield from resnet(f"up_blocks.{i}.resnets.{j}", width + skips.pop(), out, "conv_shortcut")
             if i < DECODER_ATTENTION_LEVELS:
                 yield from decoder_attention(f"up_blocks.{i}.attentions.{j}", out)
             width = out
