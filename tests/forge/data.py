@@ -27,14 +27,23 @@ CHECKPOINTS = {
     "sd15_inpaint": "synthetic_sd15_inpaint.safetensors",
     "sdxl": "synthetic_sdxl.safetensors",
 }
+CONTROLNET = "synthetic_controlnet_sd15"
 MODEL_FILES = (
     *(Path(name).stem for name in CHECKPOINTS.values()),
     "synthetic_lora_sd15",
+    CONTROLNET,
     "layer_sd15_transparent_attn",
+    "layer_sd15_joint",
+    "layer_sd15_fg2bg",
+    "layer_sd15_bg2fg",
     "layer_sd15_vae_transparent_decoder",
     "layer_sd15_vae_transparent_encoder",
     "layer_xl_transparent_attn",
     "layer_xl_transparent_conv",
+    "layer_xl_fg2ble",
+    "layer_xl_bg2ble",
+    "layer_xl_fgble2bg",
+    "layer_xl_bgble2fg",
     "vae_transparent_decoder",
     "vae_transparent_encoder",
 )
@@ -48,10 +57,12 @@ OPTIONS = {
     "return_grid": False,
     "save_to_dirs": False,
     "token_merging_ratio": 0.0,
+    "forge_unet_storage_dtype": "Automatic",
     "layerdiffuse_passes": 8,
     "layerdiffuse_extras": ["opaque"],
 }
 PROBE_VARIABLE = "LAYERDIFFUSE_PROBE"
+RECORDING_VARIABLE = "LAYERDIFFUSE_PROBE_RECORDING"
 # Weights in half precision keep SDXL within 16 GB; computing stays in single precision on a CPU.
 SERVER_ARGUMENTS = (
     "--unet-in-fp16",
@@ -78,6 +89,10 @@ def models() -> Path:
 
 def layer_file(name: str) -> Path:
     return models() / "layer_model" / f"{name}.safetensors"
+
+
+def controlnet_file() -> Path:
+    return models() / "ControlNet" / f"{CONTROLNET}.safetensors"
 
 
 def make_models(installation: Installation, names: Iterable[str] = MODEL_FILES) -> None:

@@ -4,6 +4,7 @@
     UPSTREAM_DIR=/tmp/upstream python -m tests.forge.record_upstream
 
 Run it again when GENERATOR_VERSION or the supported Forge changes. The two extensions are never in one process.
+What differs in this server from the others, probe/scripts/upstream_recording.py says.
 """
 
 import json
@@ -29,7 +30,8 @@ def commit(directory: Path) -> str:
 def record(upstream: Path) -> dict:
     installation = find_installation()
     data.make_models(installation)
-    with data.server(installation, SERVER, {"upstream-layerdiffuse": upstream}) as server:
+    extensions, environment = {"upstream-layerdiffuse": upstream}, {data.RECORDING_VARIABLE: "1"}
+    with data.server(installation, SERVER, extensions, environment) as server:
         forge = Forge(server, data.probe_file(SERVER), data.root() / SERVER)
         entries = []
         for case in CASES:

@@ -15,7 +15,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -114,8 +114,8 @@ def unet_resnet(name: str, n_in: int, n_out: int) -> Shapes:
         yield from conv(f"{name}.skip_connection", n_in, n_out, 1)
 
 
-def unet(layout: UNetLayout) -> Shapes:
-    """All tensors of the UNet, without the prefix that checkpoints put before them."""
+def unet_encoder(layout: UNetLayout) -> Generator[tuple[str, Shape], None, list[int]]:
+    """The half down to the middle, which a ControlNet copies; returns the width of each block's output."""
     for name, width in (("time_embed", BASE_WIDTH), ("label_emb.0", layout.label_width)):
         if width:
             yield from affine(f"{name}.0", EMBEDDING_WIDTH, width)
@@ -140,7 +140,13 @@ def unet(layout: UNetLayout) -> Shapes:
     yield from unet_resnet("middle_block.0", width, width)
     yield from transformer("middle_block.1", width, layout.middle_depth, layout)
     yield from unet_resnet("middle_block.2", width, width)
+    return skips
 
+
+def unet(layout: UNetLayout) -> Shapes:
+    """All tensors of the UNet, without the prefix that checkpoints put before them."""
+    skips = yield from unet_encoder(layout)
+    width = skips[-1]
     n = 0
     for level, (multiplier, depth) in reversed(list(enumerate(zip(layout.multipliers, layout.depths)))):
         for i in range(3):
@@ -153,6 +159,22 @@ def unet(layout: UNetLayout) -> Shapes:
             n += 1
     yield from affine("out.0", BASE_WIDTH)
     yield from conv("out.2", BASE_WIDTH, 4)
+
+
+HINT_WIDTHS = (3, 16, 16, 32, 32, 96, 96, 256, BASE_WIDTH)
+
+
+def control_model(layout: UNetLayout) -> Shapes:
+    """The UNet's first half, a reader of the hint image, and a convolution behind each block's output."""
+    skips = yield from unet_encoder(layout)
+    yield from conv_chain("input_hint_block", HINT_WIDTHS)
+    for i, width in enumerate(skips):
+        yield from conv(f"zero_convs.{i}.0", width, width, 1)
+    yield from conv("middle_block_out.0", skips[-1], skips[-1], 1)
+
+
+def controlnet() -> Shapes:
+    yield from prefixed("control_model.", control_model(UNETS["sd15"]))
 
 
 # --- VAE and text encoders --------------------------------------------------------------------------------------
@@ -361,8 +383,11 @@ def user_lora() -> Shapes:
 
 # --- numbers ----------------------------------------------------------------------------------------------------
 
-ADDITION = re.compile(r"[._]up\.weight$|::lora::0$|::diff::0$|\.temporal_o\.")
-ADDITION_GAIN = 0.3  # an addition to a weight shows in the picture and does not drown it
+ADDITION = re.compile(r"[._]up\.weight$|::lora::0$|::diff::0$|\.temporal_o\.|\.(zero_convs|middle_block_out)\.")
+ADDITION_GAIN = 0.3  # an addition shows in the picture and does not drown it
+# What reads a picture is a chain of SiLUs, which halve what is small: nothing of the picture would be left at its end.
+READER = re.compile(r"kwargs_encoder\.|\.input_hint_block\.")
+READER_GAIN = 2.0
 BIAS_SPREAD = 0.02
 
 
@@ -381,7 +406,7 @@ def random_tensor(key: str, shape: Shape, rng: torch.Generator) -> Tensor:
     if len(shape) < 2:
         return random_vector(key, shape, rng)
     fan_in = 1 if "embedding" in key else math.prod(shape[1:])
-    gain = ADDITION_GAIN if ADDITION.search(key) else 1.0
+    gain = ADDITION_GAIN if ADDITION.search(key) else READER_GAIN if READER.search(key) else 1.0
     return torch.randn(shape, generator=rng) * (gain / math.sqrt(fan_in))
 
 
@@ -417,6 +442,20 @@ def encoder_tensors(rng: torch.Generator, models: Path) -> Tensors:
     return tensors
 
 
+CONDITION_GAIN = 20.0  # condition latents are much smaller than the noise beside them, and show none the less
+
+
+def condition_tensors(transformers: bool, conditions: int) -> Callable[[torch.Generator, Path], Tensors]:
+    """Additions for a first convolution that also reads condition latents, with more weight on those."""
+
+    def tensors(rng: torch.Generator, models: Path) -> Tensors:
+        filled = fill(sdxl_diff(transformers, conditions), rng)
+        filled["diffusion_model.input_blocks.0.0.weight::diff::0"][:, 4:] *= CONDITION_GAIN
+        return filled
+
+    return tensors
+
+
 def plain_tensors(shapes: Callable[[], Shapes]) -> Callable[[torch.Generator, Path], Tensors]:
     return lambda rng, models: fill(shapes(), rng)
 
@@ -430,12 +469,13 @@ class File:
     tensors: Callable[[torch.Generator, Path], Tensors]
 
 
-CHECKPOINTS, LAYERS, LORAS = "Stable-diffusion", "layer_model", "Lora"
+CHECKPOINTS, LAYERS, LORAS, CONTROLNETS = "Stable-diffusion", "layer_model", "Lora", "ControlNet"
 FILES = {
     "synthetic_sd15": File(CHECKPOINTS, checkpoint_tensors("sd15")),
     "synthetic_sd15_inpaint": File(CHECKPOINTS, inpaint_tensors),
     "synthetic_sdxl": File(CHECKPOINTS, checkpoint_tensors("sdxl")),
     "synthetic_lora_sd15": File(LORAS, plain_tensors(user_lora)),
+    "synthetic_controlnet_sd15": File(CONTROLNETS, plain_tensors(controlnet)),
     "layer_sd15_vae_transparent_decoder": File(LAYERS, decoder_tensors),
     "layer_sd15_vae_transparent_encoder": File(LAYERS, encoder_tensors),
     "layer_sd15_transparent_attn": File(LAYERS, plain_tensors(lambda: sd15_attention_sharing(1, control=False))),
@@ -446,10 +486,10 @@ FILES = {
     "vae_transparent_encoder": File(LAYERS, encoder_tensors),
     "layer_xl_transparent_attn": File(LAYERS, plain_tensors(sdxl_lora)),
     "layer_xl_transparent_conv": File(LAYERS, plain_tensors(lambda: sdxl_diff(transformers=True))),
-    "layer_xl_fg2ble": File(LAYERS, plain_tensors(lambda: sdxl_diff(transformers=False, conditions=1))),
-    "layer_xl_bg2ble": File(LAYERS, plain_tensors(lambda: sdxl_diff(transformers=False, conditions=1))),
-    "layer_xl_fgble2bg": File(LAYERS, plain_tensors(lambda: sdxl_diff(transformers=False, conditions=2))),
-    "layer_xl_bgble2fg": File(LAYERS, plain_tensors(lambda: sdxl_diff(transformers=True, conditions=2))),
+    "layer_xl_fg2ble": File(LAYERS, condition_tensors(transformers=False, conditions=1)),
+    "layer_xl_bg2ble": File(LAYERS, condition_tensors(transformers=False, conditions=1)),
+    "layer_xl_fgble2bg": File(LAYERS, condition_tensors(transformers=False, conditions=2)),
+    "layer_xl_bgble2fg": File(LAYERS, condition_tensors(transformers=True, conditions=2)),
 }
 
 

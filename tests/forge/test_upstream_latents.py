@@ -3,7 +3,7 @@
 import pytest
 
 from tests.forge import data
-from tests.forge.upstream_cases import CASES, latents, read_table
+from tests.forge.upstream_cases import CASES, Case, latents, read_table
 
 # SD1.5 computes in single precision. For SDXL the additions are merged into half-precision weights, and rounding grows.
 TOLERANCE = {"sd15": 1e-3, "sdxl": 2e-2}
@@ -18,7 +18,7 @@ def relative_error(ours, theirs):
 def table():
     table = read_table()
     assert table["generator_version"] == data.GENERATOR_VERSION, "record the table again: the model files have changed"
-    return {tuple(entry["case"].values()): entry["latents"] for entry in table["entries"]}
+    return {Case(**entry["case"]): entry["latents"] for entry in table["entries"]}
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def table():
     [pytest.param(case, id=case.name, marks=[pytest.mark.sdxl] if case.checkpoint == "sdxl" else []) for case in CASES],
 )
 def test_latents_are_those_of_the_existing_extension(forge, table, case):
-    expected = table[tuple(vars(case).values())]
+    expected = table[case]
     ours = latents(forge, case)
     errors = [relative_error(a["values"], b["values"]) for a, b in zip(ours, expected)]
     forge.notes.append(f"{case.name}: relative error {max(errors):.1e}")
