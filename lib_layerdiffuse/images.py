@@ -1,8 +1,13 @@
 """What is done to pictures: colour under transparency, checkerboard, compositing; PIL at the end, as the rim."""
 
+import base64
+import io
+from enum import Enum
+from typing import Any
+
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -10,6 +15,8 @@ from lib_layerdiffuse.tensors import Rgb, Rgba
 
 PYRAMID_RATIO = 1.2  # from one level to the next; the released encoders were trained with it
 SMALLEST_ALPHA = 1e-8  # keeps the mean colour of an empty picture defined (black)
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # of images sent; others make Pillow start programs
 
 CHECKER_GREYS = (0.45, 0.55)  # both close to the middle: black and white subjects stand out alike
 CHECKER_SIZE = 16  # pixels; still visible as squares when 1024 px are shown as a thumbnail
@@ -67,10 +74,20 @@ def compose(rgba: Rgba, background: Rgb) -> Rgb:
     return color * alpha + background.to(rgba) * (1 - alpha)
 
 
-def over_grey(image: Image.Image) -> Image.Image:
-    """The image without transparency, as transparent latents show it to the VAE: composed over the middle grey."""
+def over_grey(image: Image.Image) -> Rgb:
+    """Any image over the middle grey, as transparent latents show it to the VAE: [1, 3, H, W]."""
     pixels = from_pil(image)[None]
-    return to_pil(compose(pixels, torch.tensor(0.5))[0]) if pixels.shape[1] == 4 else image
+    return compose(pixels, torch.tensor(0.5)) if pixels.shape[1] == 4 else pixels
+
+
+def flattened(image: Image.Image) -> Image.Image:
+    """An RGB image: the image itself where it is opaque, else over the middle grey."""
+    return to_pil(over_grey(image)[0]) if can_be_transparent(image) else image.convert("RGB")
+
+
+def over(foreground: Image.Image, background: Image.Image) -> Image.Image:
+    """The foreground composed over the background of the same size, every value rounded once."""
+    return to_pil(compose(from_pil(foreground.convert("RGBA"))[None], over_grey(background))[0])
 
 
 def to_pil(picture: Tensor) -> Image.Image:
@@ -81,6 +98,70 @@ def to_pil(picture: Tensor) -> Image.Image:
 
 def from_pil(image: Image.Image) -> Tensor:
     """Any image -> [C, H, W] in [0, 1]: C is 4 where it can be transparent, else 3."""
-    transparent = image.getbands()[-1] in "Aa" or "transparency" in image.info
-    pixels = np.array(image.convert("RGBA" if transparent else "RGB"))
+    pixels = np.array(image.convert("RGBA" if can_be_transparent(image) else "RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+
+
+def can_be_transparent(image: Image.Image) -> bool:
+    return image.getbands()[-1] in "Aa" or "transparency" in image.info
+
+
+def read_image(raw: Any) -> Image.Image:
+    """An image from what panels and API calls send: an array [H, W, 3 or 4] of bytes, a PIL image, base64, a data URL.
+
+    Raises ValueError where it is none of these, or not whole.
+    """
+    try:
+        image = raw if isinstance(raw, Image.Image) else _image_from(raw)
+        if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off instead of scaling
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        image.resize((1, 1))  # loads it, and fails where there is nothing
+        return ImageOps.exif_transpose(image)  # a photo may lie on its side
+    except Exception as error:  # Pillow has many for damaged files: SyntaxError, struct.error …
+        raise ValueError("not an image") from error
+
+
+def _image_from(raw: Any) -> Image.Image:
+    if isinstance(raw, np.ndarray):
+        return Image.fromarray(raw)
+    data = raw.partition(",")[2] if raw.startswith("data:") else raw
+    return Image.open(io.BytesIO(base64.b64decode("".join(data.split()), validate=True)), formats=FORMATS)
+
+
+class ResizeMode(str, Enum):
+    """How a supplied image is brought to the size of the picture."""
+
+    JUST_RESIZE = "Just Resize"
+    CROP_AND_RESIZE = "Crop and Resize"
+    RESIZE_AND_FILL = "Resize and Fill"
+
+
+def fit(image: Image.Image, mode: ResizeMode, width: int, height: int) -> Image.Image:
+    """The image in the given size: stretched, cut where it is too long, or filled up with its border's colour."""
+    if image.size == (width, height):
+        return image
+    image = image.convert("RGBA").convert("RGBa")  # premultiplied: hidden colours stay hidden
+    if mode is ResizeMode.RESIZE_AND_FILL:
+        scale = min(width / image.width, height / image.height)
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        inner = image.resize(size, Image.Resampling.LANCZOS)
+        fitted = Image.new("RGBa", (width, height), border_color(image))
+        fitted.paste(inner, ((width - inner.width) // 2, (height - inner.height) // 2))
+    else:
+        box = largest_box(image, width / height) if mode is ResizeMode.CROP_AND_RESIZE else None
+        fitted = image.resize((width, height), Image.Resampling.LANCZOS, box)
+    return fitted.convert("RGBA")
+
+
+def largest_box(image: Image.Image, aspect: float) -> tuple[float, float, float, float]:
+    """The middle of the image, as much of it as has that width for its height: left, upper, right and lower edge."""
+    width, height = min(image.width, image.height * aspect), min(image.height, image.width / aspect)
+    left, upper = (image.width - width) / 2, (image.height - height) / 2
+    return left, upper, left + width, upper + height
+
+
+def border_color(image: Image.Image) -> tuple[int, ...]:
+    """The median of each channel over the outermost pixels."""
+    pixels = np.asarray(image)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    return tuple(int(value) for value in np.median(border, axis=0))

@@ -1,19 +1,21 @@
-"""What goes into the UNet, and when: free of any host."""
+"""What goes into the UNet: the content of a method's weight file."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.methods import Family, Method
-from lib_layerdiffuse.nets.attention_sharing import ATTENTIONS, AttentionSharing
-from lib_layerdiffuse.tensors import StateDict, Tokens
-from lib_layerdiffuse.weights import fingerprint, read_tensors
+from lib_layerdiffuse.nets.attention_sharing import AttentionSharing
+from lib_layerdiffuse.tensors import StateDict
+from lib_layerdiffuse.weights import REPLACE, fingerprint, read_tensors
+
+FIRST_CONV = "diffusion_model.input_blocks.0.0.weight"
+LATENT_CHANNELS = 4  # of SDXL; more in a diff of the first convolution read the latents of condition images
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class WeightPatch:
 
     lora: Mapping[str, tuple[Tensor, Tensor]]  # up [out, rank], down [rank, in]; scale 1
     diff: Mapping[str, Tensor]  # same shape as the weight
+    condition: Tensor | None = None  # what widens the first convolution, [out, 4 for each condition image, 3, 3]
 
     @classmethod
     def from_state_dict(cls, sd: StateDict) -> WeightPatch:
@@ -35,7 +38,15 @@ class WeightPatch:
                 "expected additions to SDXL weights, `…::lora::0` with `…::lora::1` or `…::diff::0`, found "
                 f"{len(sd)} tensors such as `{min(sd, default='none')}`"
             )
-        return cls(lora, diff)
+        if FIRST_CONV not in diff or diff[FIRST_CONV].shape[1] <= LATENT_CHANNELS:
+            return cls(lora, diff)
+        own, condition = diff[FIRST_CONV].tensor_split([LATENT_CHANNELS], dim=1)
+        return cls(lora, diff | {FIRST_CONV: own}, condition)
+
+    @property
+    def conditions(self) -> int:
+        """How many condition images it reads."""
+        return 0 if self.condition is None else self.condition.shape[1] // LATENT_CHANNELS
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape that each weight must have for its addition to fit; a LoRA fits the weight as a matrix."""
@@ -71,6 +82,8 @@ def load_injection(method: Method, path: Path) -> Injection:
         content = CONTENTS[method.family](sd)
         if isinstance(content, AttentionSharing) and content.frames != method.frames:
             raise LayerDiffuseError(f"expected {method.frames} frames for each picture, found {content.frames}")
+        if content.conditions != len(method.inputs):
+            raise LayerDiffuseError(f"expected {len(method.inputs)} condition images, found {content.conditions}")
     except LayerDiffuseError as error:
         raise misfit(method, str(error)) from error
     return Injection(method, fingerprint(path), content)
@@ -78,75 +91,4 @@ def load_injection(method: Method, path: Path) -> Injection:
 
 def misfit(method: Method, reason: str) -> LayerDiffuseError:
     """The sentence for a file that is whole but cannot serve."""
-    return LayerDiffuseError(
-        f"{method.weights} is not the weight file of {method.label}: {reason}. Delete it, or put the right file in its "
-        "place; a missing file is downloaded again."
-    )
-
-
-@dataclass
-class Switch:
-    """Turns the injection off below `sigma_end`, and on again for samplers that go back up."""
-
-    sigma_end: float
-    turn: Callable[[bool], None]
-    on: bool = True
-
-    def at(self, sigma: float) -> None:
-        wanted = sigma >= self.sigma_end
-        if wanted != self.on:
-            self.on = wanted
-            self.turn(wanted)
-
-
-Block = tuple[str, int]
-
-
-def attention_patches(
-    sharing: AttentionSharing, hosts: Mapping[tuple[str, Block], Any], weight: float, switch: Switch
-) -> dict[str, Callable[..., Any]]:
-    """What puts `sharing` into a UNet, by the name of the host's patch.
-
-    The `…_output_patch` must be the first of its kind and the others the last, so as to nest innermost, as a module
-    would. The host computes its own attention in between: on one token, as its answer is not used. Other extensions'
-    replacements of the attention itself (`patches_replace`: SAG, PAG, IP-Adapter, StyleAlign) are called with our q, k
-    and v; some come and go within a step, so what is in force is noted at each pass through the UNet.
-    They are closures because hosts deep-copy their model options, which leaves nothing but functions as it is.
-    hosts: the UNet's own attention modules.
-    """
-    units = {(name, block): unit for name in ATTENTIONS for block, unit in sharing.units(name).items()}
-    pending: dict[tuple[str, Block], tuple[Tokens, Tokens, Tokens]] = {}
-    replaced: dict[str, Mapping[Any, Any]] = {}
-
-    def note(h: Tensor, options: Mapping[str, Any]) -> Tensor:
-        replaced.update({name: options.get("patches_replace", {}).get(name, {}) for name in ATTENTIONS})
-        return h
-
-    def replacement(name: str, block: Block) -> Callable[..., Tokens] | None:
-        return replaced[name].get((*block, 0), replaced[name].get(block))
-
-    def before(name: str) -> Callable[..., tuple[Tokens, Tokens, Tokens]]:
-        def patch(h: Tokens, context: Tokens, value: Tokens, extra: Mapping[str, Any]) -> tuple[Tokens, Tokens, Tokens]:
-            block = extra["block"]
-            if (name, block) not in units or not switch.on:
-                return h, context, value
-            pending[name, block] = h, context, value
-            if replacement(name, block):  # it may count on the shapes that it knows
-                return h, context, value
-            return h[:, :1], context[:, :1], value[:, :1]
-
-        return patch
-
-    def after(name: str) -> Callable[..., Tokens]:
-        def patch(answer: Tokens, extra: Mapping[str, Any]) -> Tokens:
-            key = name, extra["block"]
-            if key not in pending:
-                return answer
-            other = replacement(*key)
-            mix = (lambda q, k, v: other(q, k, v, extra)) if other else None
-            return units[key](*pending.pop(key), hosts[key], weight, mix)
-
-        return patch
-
-    attentions = {f"{name}_patch": before(name) for name in ATTENTIONS}
-    return {"input_block_patch": note, **attentions, **{f"{name}_output_patch": after(name) for name in ATTENTIONS}}
+    return LayerDiffuseError(f"{method.weights} is not the weight file of {method.label}: {reason}. {REPLACE}")

@@ -37,34 +37,44 @@ class Layer(_Worded):
 
 
 @dataclass(frozen=True)
+class Step:
+    """One method's part in a chain of several."""
+
+    key: str  # of the method
+    stop_at: float = 1.0  # where the step stops unless the request says otherwise
+    avoids: str = ""  # samplers with this in their name give artifacts here, as the authors of the weights saw
+
+
+@dataclass(frozen=True)
 class Method:
     """One way of working: images the user supplies, in condition order, and what each consecutive picture shows."""
 
     label: str
     family: Family
-    weights: str  # file name
+    key: str  # short name, for API calls; of a method with weights, what the file's name has in its middle
     inputs: tuple[Layer, ...]
     outputs: tuple[Layer, ...]
+    chain: tuple[Step, ...] = ()  # run one after the other, each with what those before it made; empty: one run
 
     @property
     def frames(self) -> int:
-        """Pictures that are sampled together and belong together."""
+        """Pictures that belong together; sampled together too, but for a chain."""
         return len(self.outputs)
 
     @property
-    def key(self) -> str:
-        """Short name for API calls: `xl_fg2ble` for `layer_xl_fg2ble.safetensors`."""
-        return self.weights.removeprefix("layer_").removesuffix(".safetensors")
+    def weights(self) -> str:
+        """File name."""
+        return f"layer_{self.key}.safetensors"
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """What is run: the chain, or the method itself."""
+        return self.chain or (Step(self.key),)
 
     @property
     def makes_foreground(self) -> bool:
         """Whether one of its pictures is decoded to RGBA."""
         return Layer.FG in self.outputs
-
-    @property
-    def built(self) -> bool:
-        """Whether this version can run it: so far a lone foreground without input images."""
-        return not self.inputs and self.outputs == (Layer.FG,)
 
 
 _SD15, _SDXL = Family
@@ -74,43 +84,53 @@ _FG, _BG, _BLEND = Layer
 METHODS = (
     Method(
         "(SD1.5) Only Generate Transparent Image (Attention Injection)",
-        _SD15, "layer_sd15_transparent_attn.safetensors", (), (_FG,),
+        _SD15, "sd15_transparent_attn", (), (_FG,),
     ),
     Method(
         "(SD1.5) From Foreground to Background (need batch size 2)",
-        _SD15, "layer_sd15_fg2bg.safetensors", (_FG,), (_BG, _BLEND),
+        _SD15, "sd15_fg2bg", (_FG,), (_BG, _BLEND),
     ),
     Method(
         "(SD1.5) From Background to Foreground (need batch size 2)",
-        _SD15, "layer_sd15_bg2fg.safetensors", (_BG,), (_FG, _BLEND),
+        _SD15, "sd15_bg2fg", (_BG,), (_FG, _BLEND),
     ),
     Method(
         "(SD1.5) Generate Everything Together (need batch size 3)",
-        _SD15, "layer_sd15_joint.safetensors", (), (_FG, _BG, _BLEND),
+        _SD15, "sd15_joint", (), (_FG, _BG, _BLEND),
     ),
     Method(
         "(SDXL) Only Generate Transparent Image (Attention Injection)",
-        _SDXL, "layer_xl_transparent_attn.safetensors", (), (_FG,),
+        _SDXL, "xl_transparent_attn", (), (_FG,),
     ),
     Method(
         "(SDXL) Only Generate Transparent Image (Conv Injection)",
-        _SDXL, "layer_xl_transparent_conv.safetensors", (), (_FG,),
+        _SDXL, "xl_transparent_conv", (), (_FG,),
     ),
     Method(
         "(SDXL) From Foreground to Blending",
-        _SDXL, "layer_xl_fg2ble.safetensors", (_FG,), (_BLEND,),
+        _SDXL, "xl_fg2ble", (_FG,), (_BLEND,),
     ),
     Method(
         "(SDXL) From Foreground and Blending to Background",
-        _SDXL, "layer_xl_fgble2bg.safetensors", (_FG, _BLEND), (_BG,),
+        _SDXL, "xl_fgble2bg", (_FG, _BLEND), (_BG,),
     ),
     Method(
         "(SDXL) From Background to Blending",
-        _SDXL, "layer_xl_bg2ble.safetensors", (_BG,), (_BLEND,),
+        _SDXL, "xl_bg2ble", (_BG,), (_BLEND,),
     ),
     Method(
         "(SDXL) From Background and Blending to Foreground",
-        _SDXL, "layer_xl_bgble2fg.safetensors", (_BG, _BLEND), (_FG,),
+        _SDXL, "xl_bgble2fg", (_BG, _BLEND), (_FG,),
+    ),
+    Method(
+        "(SDXL) From Prompt to Foreground, Blending and Background",
+        _SDXL, "xl_everything", (), (_FG, _BLEND, _BG),
+        (Step("xl_transparent_attn"), Step("xl_fg2ble"), Step("xl_fgble2bg", stop_at=0.5, avoids="DPM")),
+    ),
+    Method(
+        "(SDXL) From Background to Blending and Foreground",
+        _SDXL, "xl_bg2blefg", (_BG,), (_BLEND, _FG),
+        (Step("xl_bg2ble"), Step("xl_bgble2fg", avoids="DPM")),
     ),
 )  # fmt: skip
 

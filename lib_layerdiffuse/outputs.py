@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lib_layerdiffuse.images import checkerboard, to_pil
+from lib_layerdiffuse.images import checkerboard, over, to_pil
+from lib_layerdiffuse.methods import Layer
 from lib_layerdiffuse.tensors import Rgb, Rgba
 
 # Infotext key that marks a picture as ours, also when it comes back from a file.
@@ -23,36 +24,53 @@ LOSSLESS = (".png",)
 
 @dataclass(frozen=True)
 class Picture:
-    """What belongs to a finished RGBA: what the host made of the same latent, and what else is wanted."""
+    """What belongs to a finished picture: what the host made of the same latent, and what else is wanted beside it."""
 
     opaque: Image.Image
     extras: Mapping[str, Image.Image]
+    name: str = ""  # what its file's name ends with, where other pictures belong to it
+
+
+RGBA, OPAQUE = "rgba", "opaque"  # a decoded picture, and what it was decoded from
 
 
 @dataclass(frozen=True)
 class Extra:
-    """A picture that goes beside the RGBA: its name in the settings, how it is made, and whether JPG may hold it."""
+    """A picture that goes beside another: its name in the settings, what it is made of, and whether JPG may hold it."""
 
     label: str
-    make: Callable[[Image.Image, Image.Image], Image.Image]  # of the RGBA and the opaque picture
+    caption: str
+    needs: tuple[str, ...]  # RGBA, OPAQUE, or a layer; it is made where all are there
+    make: Callable[..., Image.Image]
     lossy: bool
-
-
-EXTRAS: Mapping[str, Extra] = {
-    "opaque": Extra("Opaque picture, as the model painted it", lambda rgba, opaque: opaque, lossy=True),
-    "mask": Extra("Alpha mask", lambda rgba, opaque: rgba.getchannel("A"), lossy=False),
-    "preview": Extra("Preview on a checkerboard", lambda rgba, opaque: on_checkerboard(rgba), lossy=True),
-}
-
-
-def make_picture(rgba: Image.Image, opaque: Image.Image, wanted: Collection[str]) -> Picture:
-    """The picture with the extras that are wanted, in the order of EXTRAS, whatever the order of `wanted`."""
-    return Picture(opaque, {name: x.make(rgba, opaque) for name, x in EXTRAS.items() if name in wanted})
 
 
 def on_checkerboard(rgba: Image.Image) -> Image.Image:
     board = to_pil(checkerboard(rgba.height, rgba.width)[0])
     return Image.composite(rgba.convert("RGB"), board, rgba.getchannel("A"))
+
+
+EXTRAS: Mapping[str, Extra] = {
+    "opaque": Extra("Opaque picture, as the model painted it", "opaque", (OPAQUE,), lambda opaque: opaque, lossy=True),
+    "mask": Extra("Alpha mask", "alpha mask", (RGBA,), lambda rgba: rgba.getchannel("A"), lossy=False),
+    "preview": Extra("Preview on a checkerboard", "on a checkerboard", (RGBA,), on_checkerboard, lossy=True),
+    "composed": Extra(
+        "Foreground composed over the background, pixel by pixel",
+        "foreground over background",
+        (Layer.FG.value, Layer.BG.value),
+        over,
+        lossy=True,
+    ),
+}
+
+
+def make_extras(sources: Mapping[str, Image.Image], wanted: Collection[str]) -> dict[str, Image.Image]:
+    """Those that are wanted and can be made, in the order of EXTRAS, whatever the order of `wanted`."""
+    return {
+        name: extra.make(*(sources[need] for need in extra.needs))
+        for name, extra in EXTRAS.items()
+        if name in wanted and sources.keys() >= set(extra.needs)
+    }
 
 
 def host_pixels(pixels: Rgb) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -75,10 +93,16 @@ def transparent(decoded: Rgba, painted: Rgb, shown: Image.Image) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def mark(image: Image.Image, picture: Picture | None = None) -> Image.Image:
+def mark(image: Image.Image, picture: Picture | None = None, caption: str = "") -> Image.Image:
     """Mark `image` as ours, with what belongs to it: the mark goes with the object, not with a copy or a file."""
     image.layerdiffuse = picture  # type: ignore[attr-defined]
+    image.layerdiffuse_caption = caption  # type: ignore[attr-defined]
     return image
+
+
+def caption_of(image: Any) -> str:
+    """What a picture of ours shows, where that needs saying."""
+    return getattr(image, "layerdiffuse_caption", "")
 
 
 def is_marked(image: Any) -> bool:
@@ -86,15 +110,25 @@ def is_marked(image: Any) -> bool:
 
 
 def picture_of(image: Image.Image) -> Picture | None:
-    """The Picture that `image` is the RGBA of, if it is one of ours."""
+    """The Picture that belongs to `image`, if it is one of ours."""
     return getattr(image, "layerdiffuse", None)
 
 
 def has_alpha(image: Image.Image) -> bool:
     """Whether any pixel of the image is not opaque."""
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.mode in ("RGBA", "LA", "PA") and image.convert("RGBA").getchannel("A").getextrema() != (255, 255)
+    return alpha_range(image) != (255, 255)
+
+
+def alpha_range(image: Image.Image) -> tuple[int, int]:
+    """Lowest and highest alpha of an image of any mode."""
+    lowest, highest = image.convert("RGBA").getchannel("A").getextrema()
+    return lowest, highest  # type: ignore[return-value]  # of one channel
+
+
+def named(filename: str, picture: Picture | None) -> str:
+    """The file name, saying what the picture shows."""
+    path = PurePath(filename)
+    return str(path.with_stem(f"{path.stem}-{picture.name}")) if picture and picture.name else filename
 
 
 def lossless_name(filename: str) -> str:

@@ -1,21 +1,14 @@
 """From what the panel or an API call sends to a request the rest of the program can trust."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from enum import Enum
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from PIL import Image
+
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.methods import DEFAULT_METHOD, METHODS, Layer, Method, find_method, listed, nearest, shortened
-
-
-class ResizeMode(str, Enum):
-    """How a supplied image is brought to the size of the picture."""
-
-    JUST_RESIZE = "Just Resize"
-    CROP_AND_RESIZE = "Crop and Resize"
-    RESIZE_AND_FILL = "Resize and Fill"
-
+from lib_layerdiffuse.images import ResizeMode, read_image
+from lib_layerdiffuse.methods import DEFAULT_METHOD, Layer, Method, Step, find_method, listed, nearest, shortened
 
 # One small parser per kind of control: the value, or any everyday exception for what is not one.
 
@@ -42,9 +35,9 @@ def _text(raw: Any) -> str:
     return raw
 
 
-def _image(raw: Any) -> object:
-    """Anything but blank text; it is decoded where it is used."""
-    return None if isinstance(raw, str) and not raw.strip() else raw
+def _image(raw: Any) -> Image.Image | None:
+    """Blank text is no image."""
+    return None if raw is None or (isinstance(raw, str) and not raw.strip()) else read_image(raw)
 
 
 def _anything(raw: Any) -> object:
@@ -56,6 +49,9 @@ def _control(label: str, default: object, parse: Callable[[Any], object], needs:
     return field(default=default, metadata={"label": label, "parse": parse, "needs": needs})
 
 
+IMAGE_NEEDS = "a whole PNG, JPG or WebP file in base64, or a data URL"
+
+
 @dataclass(frozen=True)
 class Controls:
     """Raw values, as the panel and the API send them; the order of the fields is the order of both."""
@@ -64,9 +60,9 @@ class Controls:
     method: object = _control("Method", DEFAULT_METHOD.label, find_method)
     weight: object = _control("Weight", 1.0, _number(0, 2), "a number from 0 to 2")
     ending_step: object = _control("Stop At", 1.0, _number(0, 1), "a number from 0 to 1")
-    fg_image: object = _control("Foreground", None, _image)
-    bg_image: object = _control("Background", None, _image)
-    blend_image: object = _control("Blending", None, _image)
+    fg_image: object = _control("Foreground", None, _image, IMAGE_NEEDS)
+    bg_image: object = _control("Background", None, _image, IMAGE_NEEDS)
+    blend_image: object = _control("Blending", None, _image, IMAGE_NEEDS)
     resize_mode: object = _control(
         "Resize Mode", "Crop and Resize", ResizeMode, listed(mode.value for mode in ResizeMode)
     )
@@ -74,10 +70,11 @@ class Controls:
     fg_prompt: object = _control("Foreground Prompt", "", _text, "text")
     bg_prompt: object = _control("Background Prompt", "", _text, "text")
     blend_prompt: object = _control("Blending Prompt", "", _text, "text")
+    starting_step: object = _control("Start At", 0.0, _number(0, 1), "a number from 0 to 1")
 
 
 _FIELDS = {row.name: row for row in fields(Controls)}
-_ALIASES = {"stop_at": "ending_step"}
+_ALIASES = {"start_at": "starting_step", "stop_at": "ending_step"}
 
 
 @dataclass(frozen=True)
@@ -86,10 +83,17 @@ class Request:
 
     method: Method
     weight: float
+    starting_step: float
     ending_step: float
     resize_mode: ResizeMode
-    images: Mapping[Layer, object]  # not yet decoded; only those that were supplied
-    prompts: Mapping[Layer, str]  # only those with words in them
+    images: Mapping[Layer, Sequence[Image.Image]]  # those supplied: one for all pictures, or one for each
+    prompts: Mapping[Layer, str]  # those with words in them
+    chain: "Request | None" = None  # the one that this is a step of
+
+    @property
+    def several(self) -> bool:
+        """Whether there are other pictures that its pictures belong to."""
+        return (self.chain or self).method.frames > 1
 
     @property
     def injects(self) -> bool:
@@ -104,14 +108,45 @@ class Request:
             return None
         _refuse_unknown(args, given)
         values = {name: _parsed(name, given) for name in _FIELDS}
-        return cls(
-            method=_built(values["method"]),
+        request = cls(
+            method=values["method"],
             weight=values["weight"],
+            starting_step=values["starting_step"],
             ending_step=values["ending_step"],
             resize_mode=values["resize_mode"],
-            images={layer: image for layer in Layer if (image := values[f"{layer.value}_image"]) is not None},
-            prompts={layer: text for layer in Layer if (text := values[f"{layer.value}_prompt"]).strip()},
+            images={layer: (image,) for layer in Layer if (image := values[f"{layer.value}_image"]) is not None},
+            prompts={layer: text for layer in Layer if (text := values[f"{layer.value}_prompt"].strip())},
         )
+        request._refuse_missing()
+        request._refuse_nothing()
+        return request
+
+    def for_step(self, step: Step, images: Mapping[Layer, Sequence[Image.Image]]) -> "Request":
+        """What one step of the method is asked to do. images: all there are when it begins."""
+        method = find_method(step.key)
+        given = {layer: images[layer] for layer in method.inputs}
+        return replace(self, method=method, ending_step=self._stop_of(step), images=given, chain=self)
+
+    def _stop_of(self, step: Step) -> float:
+        return step.stop_at if self.ending_step == 1 else self.ending_step
+
+    def _refuse_missing(self) -> None:
+        for layer in self.method.inputs:
+            if layer not in self.images:
+                box = _FIELDS[f"{layer.value}_image"]
+                raise LayerDiffuseError(
+                    f"{self.method.label} needs a {layer.word} image. Put one into the {box.metadata['label']} box, or "
+                    f"send it as {box.name}."
+                )
+
+    def _refuse_nothing(self) -> None:
+        """A start after the stop is a slip; to switch the injection off, people set Weight or Stop At to 0."""
+        stop = min(self._stop_of(step) for step in self.method.steps)
+        if 0 < self.starting_step >= stop:
+            raise LayerDiffuseError(
+                f"Start At is {self.starting_step:g} and Stop At is {stop:g}: nothing is left between them. "
+                "Set Start At below Stop At."
+            )
 
 
 def _given(args: Sequence[object]) -> dict[str, object]:
@@ -153,13 +188,3 @@ def _refuse_unknown(args: Sequence[object], given: Mapping[str, object]) -> None
 
 def _names() -> str:
     return ", ".join(_FIELDS)
-
-
-def _built(method: Method) -> Method:
-    """The method itself, if this version can run it."""
-    if not method.built:
-        works = (row.label for row in METHODS if row.built and row.family is method.family)
-        raise LayerDiffuseError(
-            f"{method.label} is not available yet. With {method.family.word} models choose {listed(works)}."
-        )
-    return method

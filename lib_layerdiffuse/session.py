@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
+from torch import Tensor
 
 from lib_layerdiffuse import outputs
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.hosts.base import BaseModel, Host
-from lib_layerdiffuse.images import over_grey
-from lib_layerdiffuse.injection import Injection, load_injection
-from lib_layerdiffuse.methods import DECODERS, Family, Method
+from lib_layerdiffuse.images import fit, flattened, over_grey
+from lib_layerdiffuse.injection import Injection, WeightPatch, load_injection
+from lib_layerdiffuse.methods import DECODERS, Family, Layer, Method, find_method
 from lib_layerdiffuse.nets.decoder import TransparentDecoder
-from lib_layerdiffuse.outputs import EXTRAS, Picture, make_picture
+from lib_layerdiffuse.notes import notes, sampler_for
+from lib_layerdiffuse.outputs import EXTRAS, OPAQUE, RGBA, Picture, make_extras
 from lib_layerdiffuse.request import Request
 from lib_layerdiffuse.tensors import Latent, Rgb, Rgba
 from lib_layerdiffuse.vae import TransparentVAE, is_out_of_memory
-from lib_layerdiffuse.weights import WeightLibrary, fingerprint, read_tensors
+from lib_layerdiffuse.weights import REPLACE, WeightLibrary, fingerprint, read_tensors
 
 log = logging.getLogger("layerdiffuse")
 
@@ -44,14 +48,50 @@ class Workshop:
     def open(self, p: Any, request: Request) -> Session:
         """Check and prepare everything that can fail before sampling. Raises LayerDiffuseError."""
         method = request.method
+        self._check(p, method)
+        if init_images := self.host.init_images(p):
+            self.host.set_init_images(p, [opaque(image) for image in init_images])
+        self.host.flatten_upscaled(p, flattened)
+        if request.chain is None:
+            self._announce(p, request)
+        if method.chain:
+            request = request.for_step(method.chain[0], request.images)
+        if request.method.frames > 1:
+            self.host.fit_batch(p, request.method.frames)
+        injection = self._injection(request.method) if request.injects else None
+        vae = self._vae(method.family) if request.method.makes_foreground else None
+        return Session(self.host, request, injection, vae)
+
+    def _check(self, p: Any, method: Method) -> None:
         check_family(method, self.host.base_model(p))
         if self.host.has_mask(p):
             raise LayerDiffuseError(f"LayerDiffuse does not do inpainting yet. Remove the mask, or {SWITCH_OFF}.")
-        if init_images := self.host.init_images(p):
-            self.host.set_init_images(p, [opaque(image) for image in init_images])
-        self.host.flatten_upscaled(p, over_grey)
-        injection = self._injection(method) if request.injects else None
-        return Session(self.host, request, injection, self._vae(method.family))
+        if method.frames > 1 and self.host.upscales(p):
+            raise LayerDiffuseError(
+                f"{method.label} makes {method.frames} pictures that belong together, but the upscale button has only "
+                f"one. Tick Hires. fix and generate all of them, or {SWITCH_OFF}."
+            )
+        count = len(self.host.init_images(p))
+        if method.frames > 1 and count > 1:
+            raise LayerDiffuseError(
+                f"{method.label} makes {method.frames} pictures from one init image, but {count} came. "
+                "Send one at a time."
+            )
+        if method.chain and count:
+            raise LayerDiffuseError(
+                f"{method.label} starts from nothing. Use it in txt2img, or choose a method of one step here."
+            )
+
+    def _announce(self, p: Any, request: Request) -> None:
+        """Before a job, and before the first of a chain: have all the files, and say what is to be known."""
+        for step in request.method.steps:
+            for file in files(find_method(step.key), request.injects):
+                self._path(file)
+        for note in notes(request, *self.host.size(p), self.host.sampler(p)):
+            self.host.note(p, note)
+        if refiner := self.host.refiner(p):
+            self.host.note(p, f"LayerDiffuse ends where the refiner takes over: {refiner}.")
+        self.host.expect(p, len(request.method.steps))
 
     def _injection(self, method: Method) -> Injection:
         """Only the last one is kept: each is up to 3.6 GB."""
@@ -81,6 +121,14 @@ class Workshop:
             return library.obtain(file, report)
 
 
+def files(method: Method, injects: bool) -> Iterator[str]:
+    """The weight files that the method reads."""
+    if injects:
+        yield method.weights
+    if method.makes_foreground:
+        yield DECODERS[method.family]
+
+
 def check_family(method: Method, model: BaseModel) -> None:
     if model.family is not method.family:
         raise LayerDiffuseError(
@@ -103,61 +151,134 @@ def opaque(init_image: Image.Image) -> Image.Image:
 
 def load_decoder(path: Path) -> TransparentDecoder:
     """Raises LayerDiffuseError, naming the file, where it is not whole or not a transparent decoder."""
+    tensors = read_tensors(path)
     try:
-        return TransparentDecoder.from_state_dict(read_tensors(path))
+        return TransparentDecoder.from_state_dict(tensors)
     except LayerDiffuseError as error:
-        raise LayerDiffuseError(f"{path}: {error}") from error
+        raise LayerDiffuseError(f"{path} is not a transparent decoder: {error}. {REPLACE}") from error
 
 
 class Session:
     """One run of the host's processing: what was asked, what goes into the UNet, and the pictures that came out."""
 
-    def __init__(self, host: Host, request: Request, injection: Injection | None, vae: TransparentVAE) -> None:
+    def __init__(self, host: Host, request: Request, injection: Injection | None, vae: TransparentVAE | None) -> None:
         self.host = host
         self.request = request
+        self.method = request.method
         self.injection = injection
-        self.vae = vae
+        self.vae = vae  # where a picture of the method is decoded
         self.passes = int(host.option("layerdiffuse_passes"))
         self.pictures: list[Picture] = []
+        self.images: list[Image.Image] = []  # the same, as they are shown
         self._latent: Latent | None = None  # of the latest sampling, sampler space
-        self._decoded: list[tuple[Rgba, Rgb]] = []  # of the current batch, with the pixels they were decoded from
-        log.info("%s, weight %g, stop at %g", request.method.label, request.weight, request.ending_step)
+        self._decoded: list[tuple[Rgba, Rgb] | None] = []  # of the current batch, with the pixels they come from
+        self._conditions: dict[tuple[int, int, range], Tensor] = {}
+        log.info(
+            "%s, weight %g, from %g to %g",
+            self.method.label,
+            request.weight,
+            request.starting_step,
+            request.ending_step,
+        )
 
     @property
     def infotext(self) -> dict[str, Any]:
-        return {
-            outputs.METHOD_KEY: self.request.method.label,
-            "LayerDiffuse weight": self.request.weight,
-            "LayerDiffuse stop at": self.request.ending_step,
-            "LayerDiffuse passes": self.passes,
+        request = self.request
+        text: dict[str, Any] = {
+            outputs.METHOD_KEY: self.method.label,
+            "LayerDiffuse weight": request.weight,
+            "LayerDiffuse stop at": request.ending_step,
         }
+        if request.starting_step:
+            text["LayerDiffuse start at"] = request.starting_step
+        if self.vae:
+            text["LayerDiffuse passes"] = self.passes
+        if self.method.inputs:
+            text["LayerDiffuse resize mode"] = request.resize_mode.value
+        for layer, prompt in request.prompts.items():
+            if layer in self.method.outputs:
+                text[f"LayerDiffuse {layer.word} prompt"] = prompt
+        if self.method.frames > 1:
+            text |= self._of_frames()
+        return text
+
+    def _of_frames(self) -> dict[str, Callable[..., Any]]:
+        """What differs between the pictures that belong together, and what must not, or none of them could be repeated.
+
+        The host calls these for each picture of a batch.
+        """
+
+        def first(index: int) -> int:
+            return index - index % self.method.frames
+
+        return {
+            "LayerDiffuse shows": lambda index, **more: self._layer(index).word,
+            "Seed": lambda index, all_seeds, **more: all_seeds[first(index)],
+            "Variation seed": lambda p, index, all_subseeds, **more: (
+                all_subseeds[first(index)] if p.subseed_strength else None
+            ),
+        }
+
+    def _layer(self, row: int) -> Layer:
+        return self.method.outputs[row % self.method.frames]
+
+    def before_prompts(self, p: Any) -> None:
+        """For each batch, before the host reads its prompts."""
+        texts = [self.request.prompts.get(layer, "") for layer in self.method.outputs]
+        if any(texts):
+            self.host.put_before_prompts(p, texts)
 
     def before_sampling(self, p: Any) -> None:
         """For each sampling pass of the job, the last of which makes the latent that is decoded."""
 
-        def injected() -> AbstractContextManager[None]:
-            check_family(self.request.method, self.host.base_model(p))  # the hires pass may have its own checkpoint
+        def injected(width: int, height: int) -> AbstractContextManager[None]:
+            check_family(self.method, self.host.base_model(p))  # the hires pass may have its own checkpoint
             if self.injection is None:
                 return nullcontext()
-            return self.host.inject(p, self.injection, self.request.weight, self.request.ending_step)
+            return self.host.inject(p, self.injection, self.request, self._condition(p, width, height))
 
         def finished(latent: Latent) -> None:
             self._latent = latent
 
         self.host.around_sampling(p, injected, finished)
 
+    def _condition(self, p: Any, width: int, height: int) -> Tensor | None:
+        """What the injection reads of the images given, for this batch; None where it reads none."""
+        given = [self.request.images[layer] for layer in self.method.inputs]
+        if not given or self.injection is None:
+            return None
+        count = max(map(len, given))
+        rows = self.host.rows(p) if count > 1 else range(1)
+        if (width, height, rows) not in self._conditions:
+            rgb = [torch.cat([self._pixels(images, row, width, height) for row in rows]) for images in given]
+            if isinstance(self.injection.content, WeightPatch):
+                condition = torch.cat([self.host.encode(p, picture) for picture in rgb], dim=1)
+            else:
+                [condition] = rgb
+            self._conditions[width, height, rows] = condition
+        return self._conditions[width, height, rows]
+
+    def _pixels(self, images: Sequence[Image.Image], row: int, width: int, height: int) -> Rgb:
+        return over_grey(self._fitted(images, row, width, height))
+
+    def _fitted(self, images: Sequence[Image.Image], row: int, width: int, height: int) -> Image.Image:
+        image = images[row if len(images) > 1 else 0]
+        return fit(image, self.request.resize_mode, width, height)
+
     def decode_batch(self, p: Any, pixels: Sequence[Rgb]) -> None:
-        """Decode the batch just sampled. pixels: what the host made of each picture, [3, H, W]."""
+        """Decode the foregrounds of the batch just sampled. pixels: what the host made of each picture, [3, H, W]."""
         assert self._latent is not None, "the host decoded a batch without sampling it"
         start = time.perf_counter()
         latents = self.host.vae_latent(p, self._latent)
         self._decoded = [
-            (self._decode(painted[None], latent[None])[0], painted)
-            for painted, latent in zip(pixels, latents, strict=True)
+            (self._decode(painted[None], latent[None])[0], painted) if self._layer(row) is Layer.FG else None
+            for row, (painted, latent) in enumerate(zip(pixels, latents, strict=True))
         ]
-        log.info("decoded %d pictures in %.1f s", len(pixels), time.perf_counter() - start)
+        count = sum(decoded is not None for decoded in self._decoded)
+        log.info("decoded %d pictures in %.1f s", count, time.perf_counter() - start)
 
     def _decode(self, rgb: Rgb, latent: Latent) -> Rgba:
+        assert self.vae is not None, "a foreground without a decoder"
         memory = DECODE_CHANNELS * rgb[0, 0].numel() * next(self.vae.decoder.parameters()).element_size()
         with self.host.progress() as report:
 
@@ -176,17 +297,56 @@ class Session:
         raise LayerDiffuseError(f"Not enough memory to decode a picture of {width}x{height}. Choose a smaller size.")
 
     def finish_picture(self, index: int, shown: Image.Image) -> Image.Image:
-        """The RGBA for the picture at `index` of the batch. shown: the host's picture, perhaps edited by others."""
-        decoded, painted = self._decoded[index]
-        rgba = outputs.transparent(decoded, painted, shown)
-        picture = make_picture(rgba, shown, self.host.option("layerdiffuse_extras"))
+        """What the picture at `index` of the batch becomes: an RGBA, where it is a foreground.
+
+        shown: the host's picture, perhaps edited by others.
+        """
+        image, sources = shown, {}
+        if decoded := self._decoded[index]:
+            image = outputs.transparent(*decoded, shown)
+            sources = {RGBA: image, OPAQUE: shown}
+        self.images.append(image)
+        if len(self.images) % self.method.frames == 0:
+            sources |= self._together(*image.size)
+        layer = self._layer(index)
+        name = layer.value if self.request.several else ""
+        picture = Picture(shown, make_extras(sources, self.host.option("layerdiffuse_extras")), name)
         self.pictures.append(picture)
-        return outputs.mark(rgba, picture)
+        return outputs.mark(image, picture, caption=layer.word if self.request.several else "")
+
+    def _together(self, width: int, height: int) -> dict[str, Image.Image]:
+        """The images that belong to the picture just finished, given and made."""
+        row = len(self.images) // self.method.frames - 1
+        given = {layer: self._fitted(self.request.images[layer], row, width, height) for layer in self.method.inputs}
+        made = dict(zip(self.method.outputs, self.images[-self.method.frames :], strict=True))
+        return {layer.value: image for layer, image in (given | made).items()}
 
     def finish(self, p: Any, processed: Any) -> None:
-        """Show the extras behind the pictures, by kind."""
-        extras = [picture.extras[name] for name in EXTRAS for picture in self.pictures if name in picture.extras]
+        """Show the extras behind the pictures, by kind; then run the rest of a chain."""
+        extras = [
+            outputs.mark(picture.extras[name], caption=EXTRAS[name].caption)
+            for name in EXTRAS
+            for picture in self.pictures
+            if name in picture.extras
+        ]
         self.host.show(p, processed, extras)
         for image in (*processed.images, *processed.extra_images):
             if isinstance(image, Image.Image) and not outputs.is_marked(image):
                 outputs.mark(image)
+        chain = self.request.chain
+        if chain and self.method.key == chain.method.chain[0].key:
+            self._go_on(p, processed, chain)
+
+    def _go_on(self, p: Any, processed: Any, asked: Request) -> None:
+        """Run the further steps of a chain, each with the images of those before it."""
+        images = dict(asked.images)
+        made, runs = self.images, []
+        for before, step in pairwise(asked.method.chain):
+            [layer] = find_method(before.key).outputs
+            images[layer] = made
+            if self.host.stopping():
+                break
+            sampler = sampler_for(step.avoids, self.host.sampler(p))
+            runs.append(self.host.run_again(p, asked.for_step(step, images), sampler))
+            made = runs[-1].images
+        self.host.add_runs(processed, runs)

@@ -32,6 +32,8 @@ CHUNK = 1 << 18  # bytes; small enough that an interrupt is felt on a slow line
 HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 MB = 1_000_000
 
+REPLACE = "Delete it, or put the right file in its place; a missing file is downloaded again."
+
 Report: TypeAlias = Callable[[str, float], None]  # what is going on, and the fraction done; may raise to interrupt
 
 

@@ -28,12 +28,12 @@ except LayerDiffuseError as error:
 
 
 @contextmanager
-def ending_job(p: Any) -> Iterator[None]:
+def ending_job(p: Any, processed: Any = None) -> Iterator[None]:
     """Hooks' exceptions are swallowed by the web UI, which goes on to an ordinary picture: end the job instead."""
     try:
         yield
     except Exception as error:
-        host.fail(p, error)
+        host.fail(p, error, processed)
 
 
 def session_of(p: Any) -> Session | None:
@@ -56,10 +56,19 @@ class LayerDiffuse(scripts.Script):
         if unsupported:
             return
         with ending_job(p):
-            request = Request.parse(args)
+            request = getattr(p, "layerdiffuse_request", None) or Request.parse(args)
             if request:
                 p.layerdiffuse = workshop.open(p, request)
                 p.extra_generation_params.update(p.layerdiffuse.infotext)
+
+    def before_process_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
+        if session := session_of(p):
+            with ending_job(p):
+                session.before_prompts(p)
+
+    def process_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
+        if session_of(p):
+            host.restore_prompts(p)
 
     def process_before_every_sampling(self, p: Any, *args: Any, **kwargs: Any) -> None:
         if session := session_of(p):
@@ -78,7 +87,8 @@ class LayerDiffuse(scripts.Script):
 
     def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
         if session := session_of(p):
-            session.finish(p, processed)
+            with ending_job(p, processed):
+                session.finish(p, processed)
 
 
 def must_keep_pixels(params: Any) -> bool:
@@ -87,6 +97,7 @@ def must_keep_pixels(params: Any) -> bool:
 
 
 def before_saved(params: Any) -> None:
+    params.filename = outputs.named(params.filename, outputs.picture_of(params.image))
     if not must_keep_pixels(params):
         return
     filename = outputs.lossless_name(params.filename)
@@ -110,3 +121,4 @@ if not unsupported:
     script_callbacks.on_image_saved(after_saved)
     host.keep_pixels(must_keep_pixels)
     script_callbacks.on_app_started(lambda blocks, app: host.answer_png(outputs.is_marked))
+    host.show_captions(outputs.caption_of)

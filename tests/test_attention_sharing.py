@@ -1,14 +1,18 @@
-"""The attention-sharing unit and its patches against the formulas of the file format, written plainly."""
+"""The attention-sharing unit against the formulas of the file format, written plainly."""
+
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.injection import Switch, attention_patches
-from lib_layerdiffuse.nets.attention_sharing import ATTENTIONS, BLOCKS, AttentionSharing
+from lib_layerdiffuse.nets.attention_sharing import ATTENTIONS, BLOCKS, LEVELS, AttentionSharing, attend_frames
 
-WIDTH, CONTEXT, RANK, HEADS = 8, 12, 4, 2
+WIDTH, CONTEXT, RANK, HEADS, SIGNAL = 8, 12, 4, 2, 6
+# Of the control encoder's first stage; the other three have two convolutions of the signal's width.
+STAGE_WIDTHS = (3, 4, 4, 5, 5, 4, 4, SIGNAL, SIGNAL)
 
 
 class HostAttention(nn.Module):
@@ -32,7 +36,11 @@ def softmax_attention(q, k, v):
     return (weights @ v).movedim(1, 2).reshape(q.shape[0], q.shape[2], -1)
 
 
-def random_file(frames: int) -> dict[str, torch.Tensor]:
+def convolution(name: str, n_in: int, n_out: int, size: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (n_out, n_in, size, size), f"{name}.bias": (n_out,)}
+
+
+def random_file(frames: int, control: bool = False) -> dict[str, torch.Tensor]:
     """A state dict with the released keys."""
     rng = torch.Generator().manual_seed(frames)
     shapes = {}
@@ -46,11 +54,21 @@ def random_file(frames: int) -> dict[str, torch.Tensor]:
         for letter in "iqkvo":
             shapes |= {f"{unit}.temporal_{letter}.weight": (WIDTH, WIDTH), f"{unit}.temporal_{letter}.bias": (WIDTH,)}
         shapes |= {f"{unit}.temporal_n.weight": (WIDTH,), f"{unit}.temporal_n.bias": (WIDTH,)}
+        for f in range(frames if control else 0):
+            shapes |= convolution(f"{unit}.control_convs.{f}.0", SIGNAL, SIGNAL, 3)
+            shapes |= convolution(f"{unit}.control_convs.{f}.2", SIGNAL, WIDTH, 1)
+    for stage in range(4 if control else 0):
+        widths = (SIGNAL,) * 3 if stage else STAGE_WIDTHS
+        for i, (n_in, n_out) in enumerate(pairwise(widths)):
+            shapes |= convolution(f"kwargs_encoder.blocks_{stage}.{2 * i}", n_in, n_out, 3)
     return {key: torch.randn(shape, generator=rng) * 0.5 for key, shape in shapes.items()}
 
 
-def reference(sd, index, frames, host, h, context, weight):
-    """Steps 1 to 5 of the unit, one frame and one token at a time. context is None for self-attention."""
+def reference(sd, index, frames, host, h, context, weight, signal=None):
+    """Steps 1 to 5 of the unit, one frame and one token at a time. context is None for self-attention.
+
+    signal: the control signal [SIGNAL, height, width] of the layer's level.
+    """
     unit = f"hookers.layers.{index}."
 
     def temporal(letter, x):
@@ -61,10 +79,15 @@ def reference(sd, index, frames, host, h, context, weight):
         return base + weight * sd[f"{unit}{name}_lora.{f}.up.weight"] @ sd[f"{unit}{name}_lora.{f}.down.weight"]
 
     x = h.clone()
+    for row in range(len(h) if signal is not None else 0):
+        convs = f"{unit}control_convs.{row % frames}."
+        control = F.conv2d(signal[None], sd[convs + "0.weight"], sd[convs + "0.bias"], padding=1)
+        control = F.conv2d(F.silu(control), sd[convs + "2.weight"], sd[convs + "2.bias"])
+        x[row] += weight * control[0].reshape(WIDTH, -1).T
     for row in range(len(h)):
         f = row % frames
-        source = h[row] if context is None else context[row]
-        q, k, v = h[row] @ projection("to_q", f).T, source @ projection("to_k", f).T, source @ projection("to_v", f).T
+        source = x[row] if context is None else context[row]
+        q, k, v = x[row] @ projection("to_q", f).T, source @ projection("to_k", f).T, source @ projection("to_v", f).T
         out = softmax_attention(q[None], k[None], v[None])[0]
         x[row] += out @ projection("to_out", f).T + host.to_out[0].bias
     y = x.clone()
@@ -108,73 +131,71 @@ def test_weight_0_is_the_host_s_own_attention():
     torch.testing.assert_close(unit(h, h, h, host, 0.0), host(h, h, h))
 
 
-NAMES = [(name, block) for name in ATTENTIONS for block in BLOCKS]
+@pytest.mark.parametrize("size", [(64, 64), (72, 40), (8, 8)], ids=str)
+def test_control_signals_come_in_the_sizes_of_the_unet_s_levels(size):
+    """Each level halves the latent with a stride, which rounds up: 9 x 5 cells, then 5 x 3, 3 x 2, 2 x 1."""
+    sharing = AttentionSharing.from_state_dict(random_file(2, control=True))
+    height, width = size
+    signals = sharing.signals(torch.rand(1, 3, height, width))
+    sizes = [(-(-height // 8 // 2**level), -(-width // 8 // 2**level)) for level in range(4)]
+    assert [tuple(signal.shape) for signal in signals] == [(1, SIGNAL, *cells) for cells in sizes]
 
 
-def run_layer(host, patches, name, h, context, block, replace=None):
-    """What a host does around an attention layer that has patches. replace: of `patches_replace`."""
-    extra = {"block": block}
-    patches["input_block_patch"](h, extra | {"patches_replace": {name: {(*block, 0): replace}} if replace else {}})
-    n, context, value = patches[f"{name}_patch"](h, context, context, extra)
-    if replace:
-        n = host.to_out(replace(host.to_q(n), host.to_k(context), host.to_v(value), extra))
-    else:
-        n = host(n, context, value)
-    return patches[f"{name}_output_patch"](n, extra)
+def test_control_encoder_equals_its_convolutions():
+    sd = random_file(2, control=True)
+    picture = torch.rand(1, 3, 32, 24)
+    x = 2 * picture - 1
+    expected = []
+    for stage, strides in enumerate([(1, 1, 2, 1, 2, 1, 2, 1), (2, 1), (2, 1), (2, 1)]):
+        for i, stride in enumerate(strides):
+            conv = f"kwargs_encoder.blocks_{stage}.{2 * i}"
+            x = F.silu(F.conv2d(x, sd[conv + ".weight"], sd[conv + ".bias"], stride=stride, padding=1))
+        expected.append(x)
+    for ours, theirs in zip(AttentionSharing.from_state_dict(sd).signals(picture), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ATTENTIONS)
-@pytest.mark.parametrize(
-    ("block", "on", "patched"),
-    [(("input", 1), True, True), (("input", 1), False, False), (("input", 3), True, False)],
-    ids=["there", "past Stop At", "elsewhere"],
-)
-def test_patches_replace_the_layer_where_they_belong(name, block, on, patched):
-    host = HostAttention(CONTEXT if name == "attn2" else WIDTH)
-    sharing = AttentionSharing.from_state_dict(random_file(1))
-    switch = Switch(sigma_end=1.0, turn=lambda on: None)
-    switch.at(2.0 if on else 0.5)
-    patches = attention_patches(sharing, dict.fromkeys(NAMES, host), 1.0, switch)
-    h = torch.randn(2, 5, WIDTH)
-    context = torch.randn(2, 7, CONTEXT) if name == "attn2" else h
-    unit = sharing.units(name)[BLOCKS[0]]
-    expected = unit(h, context, context, host, 1.0) if patched else host(h, context, context)
-    for _ in range(2):  # nothing is left over from the first call
-        torch.testing.assert_close(run_layer(host, patches, name, h, context, block), expected)
+def test_levels_are_those_of_the_unet():
+    """SD1.5 halves after input blocks 2, 5 and 8, and doubles again after output blocks 2, 5 and 8."""
+    expected = {("input", i): (i - 1) // 3 for i in (1, 2, 4, 5, 7, 8)}
+    expected |= {("output", i): 3 - i // 3 for i in range(3, 12)} | {("middle", 0): 3}
+    assert expected == LEVELS
 
 
-def test_another_extension_s_attention_gets_our_q_k_and_v():
-    """Perturbed attention guidance answers with v, within a step only."""
-    host = HostAttention(WIDTH)
-    sharing = AttentionSharing.from_state_dict(random_file(1))
-    patches = attention_patches(sharing, dict.fromkeys(NAMES, host), 1.0, Switch(0.0, lambda on: None))
-    h = torch.randn(2, 5, WIDTH)
-    unit = sharing.units("attn1")[("middle", 0)]
-    perturbed = run_layer(host, patches, "attn1", h, h, ("middle", 0), lambda q, k, v, extra: v)
-    torch.testing.assert_close(perturbed, unit(h, h, h, host, 1.0, lambda q, k, v: v))
-    torch.testing.assert_close(run_layer(host, patches, "attn1", h, h, ("middle", 0)), unit(h, h, h, host, 1.0))
+@pytest.mark.parametrize("frames", [1, 2, 3])
+def test_what_the_file_has(frames):
+    for control in (False, True):
+        sharing = AttentionSharing.from_state_dict(random_file(frames, control))
+        assert (sharing.frames, sharing.conditions) == (frames, int(control))
 
 
-def test_host_computes_one_token_only_where_its_answer_is_not_used():
-    sharing = AttentionSharing.from_state_dict(random_file(1))
-    patches = attention_patches(sharing, {}, 1.0, Switch(0.0, lambda on: None))
-    h = torch.randn(2, 5, WIDTH)
-    patches["input_block_patch"](h, {})
-    assert [t.shape[1] for t in patches["attn1_patch"](h, h, h, {"block": ("middle", 0)})] == [1, 1, 1]
+def test_frames_attend_to_each_other_at_sizes_beyond_a_grid_of_65535():
+    """CUDA refuses one block for each token; here, that many tokens at least go through."""
+    tokens = 2**16 + 3
+    q, k, v = torch.randn(3, 1, 2, tokens, 2)
+    out = attend_frames(q, k, v, heads=1)
+    token = tokens - 1
+    expected = softmax_attention_of(q[:, :, token], k[:, :, token], v[:, :, token])
+    torch.testing.assert_close(out[:, :, token], expected)
 
 
-def test_switch_turns_once_for_each_crossing():
-    turns = []
-    switch = Switch(sigma_end=1.0, turn=turns.append)
-    for sigma in (5.0, 3.0, 1.0, 0.9, 0.5, 0.0, 4.0, 0.1):
-        switch.at(sigma)
-    assert turns == [False, True, False]
+def softmax_attention_of(q, k, v):
+    return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1) @ v
 
 
 @pytest.mark.parametrize(
     "break_file",
-    [lambda sd: {"conv_in.weight": sd.popitem()[1]}, lambda sd: dict(list(sd.items())[:-1]), lambda sd: {}],
+    [
+        lambda sd: {"conv_in.weight": sd["kwargs_encoder.blocks_0.0.weight"]},
+        lambda sd: {},
+        lambda sd: {key: value for key, value in sd.items() if key != "hookers.layers.3.temporal_q.bias"},
+        lambda sd: {key: value for key, value in sd.items() if key != "hookers.layers.3.control_convs.1.2.bias"},
+        lambda sd: {key: value for key, value in sd.items() if not key.startswith("hookers.layers.31")},
+        lambda sd: sd | {"hookers.layers.3.temporal_q.bias": torch.zeros(1)},
+        lambda sd: sd | {"hookers.layers.32.temporal_q.bias": torch.zeros(1)},
+    ],
+    ids=["another file", "empty", "no bias", "no control bias", "no last unit", "wrong shape", "one more"],
 )
 def test_other_files_are_refused(break_file):
     with pytest.raises(LayerDiffuseError, match=r"hookers\.layers"):
-        AttentionSharing.from_state_dict(break_file(random_file(1)))
+        AttentionSharing.from_state_dict(break_file(random_file(2, control=True)))

@@ -1,14 +1,31 @@
 """Picture maths: against OpenCV where it has the same operation, else by what must hold for every picture."""
 
+import base64
+import io
+from contextlib import suppress
+
 import cv2
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lib_layerdiffuse.images import checkerboard, compose, from_pil, over_grey, pad_colors, shrink, to_pil
+from lib_layerdiffuse.images import (
+    ResizeMode,
+    checkerboard,
+    compose,
+    fit,
+    flattened,
+    from_pil,
+    over,
+    over_grey,
+    pad_colors,
+    read_image,
+    shrink,
+    to_pil,
+)
 
 sides = st.integers(1, 40)
 seeds = st.integers(0, 2**32 - 1)
@@ -142,11 +159,250 @@ def test_from_pil_knows_a_transparent_palette_color():
     assert not from_pil(image)[3].any()
 
 
-def test_over_grey():
+def test_over_grey_shows_half_of_full_where_nothing_is():
+    image = Image.new("RGBA", (3, 2), (255, 0, 0, 255))
+    image.putpixel((1, 0), (255, 0, 0, 0))
+    image.putpixel((2, 0), (255, 0, 0, 51))
+    flat = over_grey(image)
+    assert flat.shape == (1, 3, 2, 3)
+    expected = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0.5], [0.6, 0.4, 0.4]])
+    torch.testing.assert_close(flat[0, :, 0].T, expected)
+
+
+@pytest.mark.parametrize(("mode", "colour"), [("RGB", (51, 102, 204)), ("L", 51), ("RGBA", (51, 102, 204, 255))])
+def test_over_grey_of_what_is_opaque_is_the_image(mode, colour):
+    image = Image.new(mode, (3, 2), colour)
+    assert torch.equal(over_grey(image)[0], from_pil(image.convert("RGB")))
+
+
+def test_flattened_is_over_grey_as_an_image():
     image = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
     image.putpixel((1, 0), (255, 0, 0, 0))
-    flat = over_grey(image)
+    flat = flattened(image)
     assert flat.mode == "RGB"
     assert [flat.getpixel((x, 0)) for x in (0, 1)] == [(255, 0, 0), (128, 128, 128)]
-    opaque = Image.new("RGB", (2, 1))
-    assert over_grey(opaque) is opaque
+    assert [flattened(Image.new(mode, (2, 1), 9)).mode for mode in ("RGB", "L")] == ["RGB", "RGB"]
+
+
+@pytest.mark.parametrize(("mode", "entry"), [("RGB", (9, 8, 7)), ("L", 9), ("P", 1)])
+def test_flattened_knows_a_transparent_colour(mode, entry):
+    image = Image.new(mode, (1, 1), entry)
+    image.info["transparency"] = entry
+    assert flattened(image).getpixel((0, 0)) == (128, 128, 128)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_over_is_the_exact_formula_rounded_once(mode):
+    """For every alpha, and colours from all over the range."""
+    generator = np.random.default_rng(0)
+    foreground = generator.integers(0, 256, (64, 256, 4), np.uint8)
+    foreground[..., 3] = np.arange(256)
+    background = generator.integers(0, 256, (64, 256, 3), np.uint8)
+    composed = over(Image.fromarray(foreground), Image.fromarray(background).convert(mode))
+    color, alpha, behind = foreground[..., :3].astype(int), foreground[..., 3:].astype(int), background.astype(int)
+    assert composed.mode == "RGB"
+    assert np.array_equal(np.array(composed), (color * alpha + behind * (255 - alpha) + 127) // 255)
+
+
+def test_an_opaque_foreground_covers_what_it_is_over():
+    foreground = Image.new("RGB", (3, 2), (1, 2, 3))
+    assert over(foreground, Image.new("RGB", (3, 2), (200, 200, 200))) == foreground
+
+
+MODES = list(ResizeMode)
+BANDS = np.array([[200, 0, 0], [0, 150, 0], [0, 0, 100], [90, 90, 90]], np.uint8)
+
+
+def banded(upright: bool) -> Image.Image:
+    """Four bands of 10 pixels beside each other, 20 pixels high; or, upright, above each other."""
+    pixels = np.repeat(BANDS, 10, axis=0)[None].repeat(20, axis=0)
+    return Image.fromarray(np.ascontiguousarray(pixels.swapaxes(0, 1)) if upright else pixels)
+
+
+def fit_bands(upright: bool, mode: ResizeMode, length: int, breadth: int) -> np.ndarray:
+    """What the bands become where they are `length` by `breadth`: [breadth, length, 4], whichever way they stood."""
+    pixels = np.array(fit(banded(upright), mode, *((breadth, length) if upright else (length, breadth))))
+    return pixels.swapaxes(0, 1) if upright else pixels
+
+
+@settings(deadline=None)
+@given(*[st.integers(1, 64)] * 4, st.sampled_from(MODES), st.sampled_from(["RGB", "RGBA", "L", "P"]))
+def test_fit_gives_the_size_that_was_asked(width, height, new_width, new_height, mode, kind):
+    image = Image.new(kind, (width, height))
+    fitted = fit(image, mode, new_width, new_height)
+    assert fitted.size == (new_width, new_height)
+    if image.size == fitted.size:
+        assert fitted is image
+    else:
+        assert fitted.mode == "RGBA"
+
+
+@settings(deadline=None)
+@given(*[st.integers(1, 40)] * 4, st.sampled_from(MODES), st.integers(0, 255))
+def test_fit_of_one_color_is_that_color(width, height, new_width, new_height, mode, red):
+    fitted = fit(Image.new("RGB", (width, height), (red, 9, 250)), mode, new_width, new_height)
+    assert fitted.convert("RGBA").getcolors() == [(new_width * new_height, (red, 9, 250, 255))]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fit_of_an_image_of_that_size_is_the_image(mode):
+    image = Image.new("P", (7, 5))
+    assert fit(image, mode, 7, 5) is image
+
+
+@pytest.mark.parametrize("upright", [False, True])
+def test_just_resize_stretches(upright):
+    stretched = fit_bands(upright, ResizeMode.JUST_RESIZE, 20, 40)
+    assert (stretched == stretched[:1]).all()
+    np.testing.assert_allclose(stretched[0, [1, 7, 12, 18], :3].astype(int), BANDS, atol=8)
+
+
+@pytest.mark.parametrize("upright", [False, True])
+def test_crop_and_resize_keeps_the_centre_and_cuts_the_longer_side(upright):
+    whole = np.array(banded(False).convert("RGBA"))
+    assert np.array_equal(fit_bands(upright, ResizeMode.CROP_AND_RESIZE, 20, 20), whole[:, 10:30])
+    half = fit_bands(upright, ResizeMode.CROP_AND_RESIZE, 10, 10)
+    assert (half == half[:1]).all()
+    np.testing.assert_allclose(half[0, [1, 8], :3].astype(int), BANDS[1:3], atol=8)
+
+
+@pytest.mark.parametrize("upright", [False, True])
+def test_resize_and_fill_keeps_everything_and_fills_both_sides_alike(upright):
+    filled = fit_bands(upright, ResizeMode.RESIZE_AND_FILL, 40, 60)
+    whole = np.array(banded(False).convert("RGBA"))
+    assert np.array_equal(filled[20:40], whole)
+    for side in (filled[:20], filled[40:]):
+        assert (side == side[0, 0]).all()
+    half = fit_bands(upright, ResizeMode.RESIZE_AND_FILL, 20, 20)
+    np.testing.assert_allclose(half[10, [1, 7, 12, 18], :3].astype(int), BANDS, atol=8)
+
+
+@pytest.mark.parametrize(
+    ("size", "kept", "outside"),
+    [((16, 30), (0, 7, 16, 23), (8, 2)), ((30, 16), (7, 0, 23, 16), (2, 8))],
+)
+def test_resize_and_fill_takes_the_median_of_the_border(size, kept, outside):
+    """Of the border only, and the median: neither the inside nor a few other pixels matter."""
+    image = Image.new("RGB", (16, 16), (30, 60, 90))
+    image.paste((255, 255, 255), (1, 1, 15, 15))
+    image.paste((0, 255, 0), (0, 3, 1, 9))
+    filled = fit(image, ResizeMode.RESIZE_AND_FILL, *size)
+    assert filled.getpixel(outside) == (30, 60, 90, 255)
+    assert filled.crop(kept) == image.convert("RGBA")
+
+
+def test_resize_and_fill_of_an_image_with_a_transparent_border_fills_with_nothing():
+    image = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
+    image.paste((0, 0, 255, 255), (4, 4, 12, 12))
+    filled = fit(image, ResizeMode.RESIZE_AND_FILL, 16, 48)
+    assert filled.crop((0, 0, 16, 16)).getchannel("A").getextrema() == (0, 0)
+    assert filled.getpixel((8, 24)) == (0, 0, 255, 255)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@settings(max_examples=25, deadline=None)
+@given(*[st.integers(1, 40)] * 4, seeds)
+def test_fit_never_shows_a_hidden_color(mode, width, height, new_width, new_height, seed):
+    image = to_pil(random_rgba(height, width, seed)[0])
+    pixels = np.array(image)
+    pixels[pixels[..., 3] == 0, :3] ^= 255
+    assume(image.size != (new_width, new_height))
+    other = Image.fromarray(pixels)
+    assert fit(other, mode, new_width, new_height) == fit(image, mode, new_width, new_height)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fit_keeps_the_color_of_a_subject_to_its_edge(mode):
+    """Hidden green and visible red give no yellow where they meet."""
+    image = Image.new("RGBA", (30, 30), (0, 255, 0, 0))
+    image.paste((255, 0, 0, 255), (9, 9, 21, 21))
+    pixels = np.array(fit(image, mode, 17, 13))
+    seen = pixels[pixels[..., 3] > 0]
+    assert len(np.unique(seen[:, 3])) > 2
+    assert (seen[:, :3] == (255, 0, 0)).all()
+
+
+PIXELS = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3) * 10
+
+# What the camera wrote (Exif 2.32, 4.6.4) -> what is to be seen; the number says which side row 0 and column 0 are.
+UPRIGHT = {
+    1: PIXELS,
+    2: PIXELS[:, ::-1],
+    3: PIXELS[::-1, ::-1],
+    4: PIXELS[::-1],
+    5: PIXELS.swapaxes(0, 1),
+    6: PIXELS[::-1].swapaxes(0, 1),
+    7: PIXELS[::-1, ::-1].swapaxes(0, 1),
+    8: PIXELS[:, ::-1].swapaxes(0, 1),
+}
+
+
+def tagged(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    exif[0x010E] = "a photo"
+    return exif.tobytes()
+
+
+def file_of(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def in_base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+@pytest.mark.parametrize(("orientation", "expected"), UPRIGHT.items())
+def test_read_image_puts_a_photo_upright(orientation, expected):
+    file = file_of(Image.fromarray(PIXELS), exif=tagged(orientation))
+    for raw in (in_base64(file), Image.open(io.BytesIO(file))):
+        image = read_image(raw)
+        assert np.array_equal(np.array(image), expected)
+        assert np.array_equal(np.array(read_image(image)), expected)  # not once more
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize(
+    ("exif", "size"),
+    [
+        (tagged(6).replace(b"\x01\x0e", b"\x01\x00"), (2, 3)),  # the text becomes a number that is none
+        (b"Exif\0\0garbage", (3, 2)),
+    ],
+    ids=["wrong type", "garbage"],
+)
+def test_read_image_takes_a_photo_with_damaged_exif_or_says_that_it_is_none(exif, size, kind):
+    with suppress(ValueError):
+        assert read_image(in_base64(file_of(Image.fromarray(PIXELS), kind, exif=exif))).size == size
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "TIFF"])
+def test_read_image_takes_files_of_any_kind(kind):
+    options = {"lossless": True} if kind == "WEBP" else {}
+    image = read_image(in_base64(file_of(Image.new("RGB", (3, 2), (255, 0, 0)), kind, **options)))
+    assert image.convert("RGB").getcolors() == [(6, (255, 0, 0))]
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        "no image",
+        "",
+        "data:image/png;base64,",
+        "data:image/png",
+        in_base64(b"no image"),
+        in_base64(file_of(Image.fromarray(PIXELS)))[:-60],
+        b"bytes",
+        7,
+        None,
+        [[0, 0, 0]],
+        {"image": "iVBOR"},
+        np.zeros((2, 3, 4), np.float32),
+        np.zeros((2, 3, 5), np.uint8),
+    ],
+    ids=repr,
+)
+def test_read_image_has_one_exception_for_what_is_none(raw):
+    with pytest.raises(ValueError, match="not an image"):
+        read_image(raw)

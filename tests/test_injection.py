@@ -18,6 +18,20 @@ SDXL = find_method("xl_transparent_attn")
 SD15 = find_method("sd15_transparent_attn")
 
 
+FG2BLE = find_method("xl_fg2ble")
+FG2BG = find_method("sd15_fg2bg")
+WIDENED = {f"{CONV}::diff::0": torch.randn(6, 12, 3, 3)}
+
+
+def test_widened_first_convolution_is_split():
+    """The first four channels read the latent, the others the condition latents."""
+    patch = WeightPatch.from_state_dict(LORA | WIDENED)
+    whole = WIDENED[f"{CONV}::diff::0"]
+    assert patch.shapes()[CONV] == (6, 4, 3, 3)
+    torch.testing.assert_close(torch.cat([patch.diff[CONV], patch.condition], dim=1), whole)
+    assert patch.conditions == 2
+
+
 def test_additions_by_key():
     patch = WeightPatch.from_state_dict(LORA | DIFF)
     assert patch.lora[KEY] == (LORA[f"{KEY}::lora::0"], LORA[f"{KEY}::lora::1"])
@@ -55,11 +69,23 @@ def test_identity_changes_with_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("method", "content", "reason"),
     [
-        (SD15, LORA, "expected SD1.5 attention layers"),
+        (SD15, LORA, "no tensor hookers.layers.0"),
         (SDXL, random_file(1), "expected additions to SDXL weights"),
         (SD15, random_file(3), "expected 1 frames for each picture, found 3"),
+        (FG2BG, random_file(2), "expected 1 condition images, found 0"),
+        (SD15, random_file(1, control=True), "expected 0 condition images, found 1"),
+        (SDXL, WIDENED, "expected 0 condition images, found 2"),
+        (FG2BLE, DIFF, "expected 1 condition images, found 0"),
     ],
-    ids=["SDXL file for SD1.5", "SD1.5 file for SDXL", "joint file for one layer"],
+    ids=[
+        "SDXL file for SD1.5",
+        "SD1.5 file for SDXL",
+        "joint file for one layer",
+        "control missing",
+        "control too much",
+        "condition too much",
+        "condition missing",
+    ],
 )
 def test_a_file_of_another_kind_is_named(tmp_path, method, content, reason):
     path = tmp_path / method.weights

@@ -6,7 +6,17 @@ import pickle
 import pytest
 
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.methods import DECODERS, DEFAULT_METHOD, ENCODERS, METHODS, Family, Layer, Method, find_method
+from lib_layerdiffuse.methods import (
+    DECODERS,
+    DEFAULT_METHOD,
+    ENCODERS,
+    METHODS,
+    Family,
+    Layer,
+    Method,
+    Step,
+    find_method,
+)
 from lib_layerdiffuse.weights import ASSETS
 
 # number, family, key, inputs > outputs
@@ -21,7 +31,21 @@ ROWS = [
     (7, "sdxl", "xl_fgble2bg", "fg blend > bg"),
     (8, "sdxl", "xl_bg2ble", "bg > blend"),
     (9, "sdxl", "xl_bgble2fg", "bg blend > fg"),
+    (10, "sdxl", "xl_everything", " > fg blend bg"),
+    (11, "sdxl", "xl_bg2blefg", "bg > blend fg"),
 ]
+
+# key: of each step its key, where it stops, and the samplers it avoids
+CHAINS = {
+    "xl_everything": [("xl_transparent_attn", 1, ""), ("xl_fg2ble", 1, ""), ("xl_fgble2bg", 0.5, "DPM")],
+    "xl_bg2blefg": [("xl_bg2ble", 1, ""), ("xl_bgble2fg", 1, "DPM")],
+}
+CHAINED = [method for method in METHODS if method.chain]
+SINGLE = [method for method in METHODS if not method.chain]
+
+
+def test_every_method_is_in_the_table() -> None:
+    assert [row[0] for row in ROWS] == list(range(len(METHODS)))
 
 
 @pytest.mark.parametrize(("number", "family", "key", "flow"), ROWS)
@@ -32,7 +56,31 @@ def test_row(number: int, family: str, key: str, flow: str) -> None:
     assert (method.inputs, method.outputs) == (inputs, outputs)
     assert method.frames == len(outputs)
     assert method.makes_foreground is ("fg" in flow.split(">")[1])
-    assert method.built is (flow == " > fg")
+
+
+def test_chains() -> None:
+    assert {
+        method.key: [(step.key, step.stop_at, step.avoids) for step in method.chain] for method in CHAINED
+    } == CHAINS
+
+
+@pytest.mark.parametrize("method", CHAINED, ids=lambda method: method.key)
+def test_every_step_of_a_chain_finds_what_it_takes(method: Method) -> None:
+    there = set(method.inputs)
+    made: list[Layer] = []
+    for step in map(find_method, (step.key for step in method.chain)):
+        assert step in SINGLE
+        assert step.family is method.family
+        assert there >= set(step.inputs)
+        there |= set(step.outputs)
+        made += step.outputs
+    assert tuple(made) == method.outputs
+    assert method.steps == method.chain
+
+
+@pytest.mark.parametrize("method", SINGLE, ids=lambda method: method.key)
+def test_a_method_without_a_chain_is_its_only_step_and_has_weights(method: Method) -> None:
+    assert method.steps == (Step(method.key, stop_at=1, avoids=""),)
     assert method.weights in ASSETS
 
 
@@ -42,8 +90,10 @@ def test_label_starts_with_the_family(method: Method) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.key)
-def test_label_asks_for_the_batch_the_frames_need(method: Method) -> None:
-    assert (f"(need batch size {method.frames})" in method.label) is (method.frames > 1)
+def test_label_asks_for_the_batch_that_frames_sampled_together_need(method: Method) -> None:
+    together = method.frames > 1 and not method.chain
+    assert ("need batch size" in method.label) is together
+    assert (f"(need batch size {method.frames})" in method.label) is together
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.key)
@@ -56,10 +106,11 @@ def test_found_by_label_key_and_number(method: Method) -> None:
     ("value", "named", "near"),
     [
         ("(SDXL) Only Generate Transparent Image (Attention)", "Image (Attention)", "Image (Attention Injection)"),
+        ("xl_everythin", "'xl_everythin'", "(SDXL) From Prompt to Foreground, Blending and Background"),
         ("xl_fg2bl", "'xl_fg2bl'", "(SDXL) From Foreground to Blending"),
         ("(SD15) Generate Everything", "Everything", "(SD1.5) Generate Everything Together (need batch size 3)"),
-        (10, "10", "from 0 to 9"),
-        (-1, "-1", "from 0 to 9"),
+        (12, "12", "from 0 to 11"),
+        (-1, "-1", "from 0 to 11"),
         (True, "True", "its number"),
         (4.0, "4.0", "its number"),
         (None, "None", "its label"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lib_layerdiffuse import outputs
+from lib_layerdiffuse import images, outputs
 
 
 def solid(mode: str, colour, size=(6, 4)) -> Image.Image:
@@ -46,37 +46,108 @@ def test_enlarged_picture_keeps_its_colour_and_gets_alpha_of_its_size(painted, d
     assert len(set(rgba.getchannel("A").tobytes())) > 4
 
 
-def test_extras_come_in_the_order_of_the_table():
-    rgba, opaque = solid("RGBA", (200, 0, 0, 128)), solid("RGB", (1, 2, 3))
-    picture = outputs.make_picture(rgba, opaque, ["preview", "mask", "opaque"])
-    assert list(picture.extras) == ["opaque", "mask", "preview"]
-    assert picture.extras["opaque"].getpixel((0, 0)) == (1, 2, 3)
-    assert picture.extras["mask"].getpixel((0, 0)) == 128
-    red, green, _ = picture.extras["preview"].getpixel((0, 0))
+SOURCES = {
+    outputs.RGBA: solid("RGBA", (200, 0, 0, 128)),
+    outputs.OPAQUE: solid("RGB", (1, 2, 3)),
+    "fg": solid("RGBA", (0, 90, 0, 77)),
+    "bg": solid("RGB", (250, 11, 4)),
+    "blend": solid("RGB", (5, 5, 5)),
+}
+
+
+@pytest.mark.parametrize(
+    ("there", "made"),
+    [
+        ([], []),
+        (["rgba"], ["mask", "preview"]),
+        (["opaque"], ["opaque"]),
+        (["rgba", "opaque"], ["opaque", "mask", "preview"]),
+        (["fg"], []),
+        (["bg", "blend"], []),
+        (["fg", "blend"], []),
+        (["fg", "bg"], ["composed"]),
+        (["fg", "bg", "blend"], ["composed"]),
+        (["blend", "bg", "fg", "opaque", "rgba"], ["opaque", "mask", "preview", "composed"]),
+    ],
+    ids=" ".join,
+)
+def test_extras_are_made_of_what_is_there_in_the_order_of_the_table(there, made):
+    wanted = list(reversed(outputs.EXTRAS))
+    assert list(outputs.make_extras({name: SOURCES[name] for name in there}, wanted)) == made
+
+
+def test_only_what_is_wanted_is_made():
+    for name in outputs.EXTRAS:
+        assert list(outputs.make_extras(SOURCES, ["no such extra", name])) == [name]
+    assert outputs.make_extras(SOURCES, []) == {}
+
+
+def test_extras_show_what_they_say():
+    extras = outputs.make_extras(SOURCES, outputs.EXTRAS)
+    assert extras["opaque"] is SOURCES[outputs.OPAQUE]
+    assert extras["mask"].mode == "L"
+    assert extras["mask"].getpixel((0, 0)) == 128
+    red, green, _ = extras["preview"].getpixel((0, 0))
     assert 150 < red < 170
     assert 50 < green < 75  # half of a grey near the middle
-    assert list(outputs.make_picture(rgba, opaque, []).extras) == []
+    assert extras["composed"] == images.over(SOURCES["fg"], SOURCES["bg"])
+    assert extras["composed"].getpixel((0, 0)) == (175, 35, 3)  # 77 of 255 parts of the one, the rest of the other
+
+
+@pytest.mark.parametrize("name", outputs.EXTRAS)
+def test_jpg_may_hold_only_opaque_pictures(name):
+    if outputs.EXTRAS[name].lossy:
+        assert outputs.make_extras(SOURCES, [name])[name].mode == "RGB"
+    assert outputs.EXTRAS["mask"].lossy is False  # an alpha is data, not a picture
+
+
+def with_alphas(*alphas) -> Image.Image:
+    image = solid("RGBA", (1, 2, 3), (len(alphas), 1))
+    image.putalpha(Image.frombytes("L", image.size, bytes(alphas)))
+    return image
 
 
 @pytest.mark.parametrize(
     ("image", "expected"),
     [
-        (solid("RGB", (1, 2, 3)), False),
-        (solid("RGBA", (1, 2, 3, 255)), False),
-        (solid("RGBA", (1, 2, 3, 254)), True),
-        (solid("L", 3), False),
-        (solid("LA", (3, 0)), True),
-        (solid("P", 0), False),
+        (solid("RGB", (1, 2, 3)), (255, 255)),
+        (solid("RGBA", (1, 2, 3, 255)), (255, 255)),
+        (solid("RGBA", (1, 2, 3, 254)), (254, 254)),
+        (with_alphas(255, 3, 200), (3, 255)),
+        (solid("L", 3), (255, 255)),
+        (solid("LA", (3, 0)), (0, 0)),
+        (solid("P", 0), (255, 255)),
     ],
 )
-def test_has_alpha(image, expected):
-    assert outputs.has_alpha(image) is expected
+def test_alpha_range(image, expected):
+    assert outputs.alpha_range(image) == expected
+    assert outputs.has_alpha(image) is (expected != (255, 255))
 
 
-def test_palette_with_a_transparent_entry_has_alpha():
-    image = solid("P", 0)
-    image.info["transparency"] = 0
+@pytest.mark.parametrize(("mode", "entry"), [("P", 0), ("L", 0), ("RGB", (0, 0, 0))])
+def test_a_transparent_colour_beside_the_pixels_is_alpha(mode, entry):
+    image = solid(mode, entry)
+    image.info["transparency"] = entry
+    assert outputs.alpha_range(image) == (0, 0)
     assert outputs.has_alpha(image)
+
+
+@pytest.mark.parametrize(
+    ("filename", "name", "expected"),
+    [
+        ("out/00001-1.png", "fg", "out/00001-1-fg.png"),
+        ("out/00001-1.png", "", "out/00001-1.png"),
+        ("out/00001-cfg 7.5.avif", "blend", "out/00001-cfg 7.5-blend.avif"),
+        ("00001", "bg", "00001-bg"),
+    ],
+)
+def test_named(filename, name, expected):
+    assert outputs.named(filename, outputs.Picture(solid("RGB", 0), {}, name)) == expected
+    assert outputs.named(filename, None) == filename
+
+
+def test_a_picture_alone_has_no_name():
+    assert outputs.Picture(solid("RGB", 0), {}).name == ""
 
 
 @pytest.mark.parametrize(
@@ -95,7 +166,24 @@ def test_lossless_name(name, expected):
 
 def test_mark_stays_with_the_object():
     image = solid("RGBA", (0, 0, 0, 0))
-    picture = outputs.make_picture(image, solid("RGB", 0), [])
-    outputs.mark(image, picture)
+    picture = outputs.Picture(solid("RGB", 0), {})
+    assert outputs.mark(image, picture, "foreground") is image
+    assert outputs.is_marked(image)
     assert outputs.picture_of(image) is picture
-    assert not outputs.is_marked(image.copy())
+    assert outputs.caption_of(image) == "foreground"
+    for other in (image.copy(), solid("RGB", 0)):
+        assert not outputs.is_marked(other)
+        assert outputs.picture_of(other) is None
+        assert outputs.caption_of(other) == ""
+
+
+def test_a_mark_may_say_no_more_than_that_it_is_ours():
+    image = outputs.mark(solid("RGB", 0))
+    assert outputs.is_marked(image)
+    assert outputs.picture_of(image) is None
+    assert outputs.caption_of(image) == ""
+
+
+@pytest.mark.parametrize("shown", ["out/00001-1.png", None, ("out/00001-1.png", "a caption")])
+def test_what_else_a_gallery_may_hold_has_no_caption(shown):
+    assert outputs.caption_of(shown) == ""

@@ -1,6 +1,7 @@
 """What the panel and API clients send, and the request it becomes."""
 
-import json
+import base64
+import io
 import math
 from collections.abc import Sequence
 from contextlib import suppress
@@ -10,19 +11,41 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.methods import DEFAULT_METHOD, METHODS, Layer, Method
-from lib_layerdiffuse.request import Controls, Request, ResizeMode
+from lib_layerdiffuse.images import ResizeMode
+from lib_layerdiffuse.methods import DEFAULT_METHOD, METHODS, Layer, Method, Step
+from lib_layerdiffuse.request import Controls, Request
 
 NAMES = [row.name for row in fields(Controls)]
 DEFAULTS = [getattr(Controls(), name) for name in NAMES]
 SD15, SDXL, CONV = METHODS[0], METHODS[4], METHODS[5]
-BUILT = [method for method in METHODS if method.built]
+CHAINED = [method for method in METHODS if method.chain]
+
+PIXELS = np.arange(5 * 7 * 4, dtype=np.uint8).reshape(5, 7, 4)
+PICTURE = Image.fromarray(PIXELS)
+
+
+def file_of(image: Image.Image, kind: str) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def in_base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+PNG, JPG, WEBP = (
+    file_of(PICTURE.convert("RGBA" if kind == "PNG" else "RGB"), kind) for kind in ("PNG", "JPEG", "WEBP")
+)
+SENT = in_base64(PNG)
+IMAGES = {"fg_image": SENT, "bg_image": SENT, "blend_image": SENT}
 
 
 def posted(**changes: object) -> list[object]:
-    """The twelve positional values of an enabled call, with some of them changed."""
+    """The thirteen positional values of an enabled call, with some of them changed."""
     values = dict(zip(NAMES, DEFAULTS, strict=True)) | {"enabled": True} | changes
     return list(values.values())
 
@@ -46,8 +69,8 @@ def refusal(args: Sequence[object]) -> str:
 
 def test_order_and_defaults_are_those_clients_rely_on() -> None:
     order = "enabled, method, weight, ending_step, fg_image, bg_image, blend_image, resize_mode, output_origin"
-    assert ", ".join(NAMES) == f"{order}, fg_prompt, bg_prompt, blend_prompt"
-    expected = [False, DEFAULT_METHOD.label, 1.0, 1.0, None, None, None, "Crop and Resize", False, "", "", ""]
+    assert ", ".join(NAMES) == f"{order}, fg_prompt, bg_prompt, blend_prompt, starting_step"
+    expected = [False, DEFAULT_METHOD.label, 1.0, 1.0, None, None, None, "Crop and Resize", False, "", "", "", 0.0]
     assert expected == DEFAULTS
 
 
@@ -56,10 +79,19 @@ def test_an_empty_call_is_off() -> None:
 
 
 def test_defaults() -> None:
-    assert parsed([True]) == Request(DEFAULT_METHOD, 1.0, 1.0, ResizeMode.CROP_AND_RESIZE, {}, {})
+    assert parsed([True]) == Request(
+        method=DEFAULT_METHOD,
+        weight=1.0,
+        starting_step=0.0,
+        ending_step=1.0,
+        resize_mode=ResizeMode.CROP_AND_RESIZE,
+        images={},
+        prompts={},
+        chain=None,
+    )
 
 
-@pytest.mark.parametrize("count", range(1, 13))
+@pytest.mark.parametrize("count", range(1, 14))
 def test_fewer_values_mean_defaults(count: int) -> None:
     assert parsed(posted()[:count]) == parsed(posted())
 
@@ -89,7 +121,8 @@ def test_enabled_is_not_guessed(raw: object) -> None:
 @pytest.mark.parametrize(
     "args",
     [
-        [False, "no such method", "heavy", 7, 1, 2, 3, "Sideways", "", 4, 5, 6],
+        [False, "no such method", "heavy", 7, 1, 2, 3, "Sideways", "", 4, 5, 6, 7],
+        [False, "xl_bg2ble", 1, 0.2, None, None, None, None, None, None, None, None, 0.5],
         [False] * 20,
         [{"enabled": False, "nonsense": 1, "weight": "heavy"}],
         [{"enabled": "false"}, "no such method"],
@@ -99,18 +132,10 @@ def test_off_looks_no_further(args: list[object]) -> None:
     assert Request.parse(args) is None
 
 
-@pytest.mark.parametrize("method", BUILT, ids=lambda method: method.key)
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.key)
 def test_method_by_any_name(method: Method) -> None:
     for name in (method.label, method.key, METHODS.index(method)):
-        assert parsed(posted(method=name)).method is method
-
-
-@pytest.mark.parametrize("method", [method for method in METHODS if not method.built], ids=lambda method: method.key)
-def test_unbuilt_method_is_refused_with_those_that_work(method: Method) -> None:
-    message = refusal(posted(method=method.label))
-    assert f"{method.label} is not available yet" in message
-    named = {row for row in METHODS if row.label in message}
-    assert named == {method, *(row for row in BUILT if row.family is method.family)}
+        assert parsed(posted(method=name, **IMAGES)).method is method
 
 
 @pytest.mark.parametrize(
@@ -121,6 +146,8 @@ def test_unbuilt_method_is_refused_with_those_that_work(method: Method) -> None:
         ("weight", "1.5", 1.5),
         ("ending_step", 0, 0.0),
         ("ending_step", "0.25", 0.25),
+        ("starting_step", 0, 0.0),
+        ("starting_step", "0.25", 0.25),
         ("resize_mode", "Just Resize", ResizeMode.JUST_RESIZE),
         ("resize_mode", "Resize and Fill", ResizeMode.RESIZE_AND_FILL),
     ],
@@ -145,6 +172,9 @@ def test_value(field: str, raw: object, value: object) -> None:
         ("weight", [1.0], "[1.0]", "a number from 0 to 2"),
         ("ending_step", 1.5, "Stop At (ending_step in API calls) is 1.5", "a number from 0 to 1"),
         ("ending_step", False, "False", "a number from 0 to 1"),
+        ("starting_step", -0.5, "Start At (starting_step in API calls) is -0.5", "a number from 0 to 1"),
+        ("starting_step", "soon", "'soon'", "a number from 0 to 1"),
+        ("starting_step", math.nan, "nan", "a number from 0 to 1"),
         (
             "resize_mode",
             "crop",
@@ -169,20 +199,204 @@ def test_a_long_value_is_cut() -> None:
     assert len(refusal(posted(weight="iVBOR" * 100_000))) < 300
 
 
-def test_images_and_prompts_are_those_that_were_given() -> None:
-    picture = np.zeros((8, 8, 4), np.uint8)
-    request = parsed(
-        posted(fg_image=picture, bg_image="", blend_image="data:image/png;base64,AA==", bg_prompt="a desk")
-    )
-    assert request.images.keys() == {Layer.FG, Layer.BLEND}
-    assert request.images[Layer.FG] is picture
-    assert request.prompts == {Layer.BG: "a desk"}
+@pytest.mark.parametrize(
+    "raw",
+    [
+        PIXELS,
+        PICTURE,
+        SENT,
+        "\r\n".join(SENT[start : start + 76] for start in range(0, len(SENT), 76)),
+        f"\n {SENT} \n",
+        f"data:image/png;base64,{SENT}",
+    ],
+    ids=["array", "PIL", "base64", "base64 in lines", "base64 with blanks around", "data URL"],
+)
+@pytest.mark.parametrize("layer", Layer)
+def test_images_are_decoded(layer: Layer, raw: object) -> None:
+    images = parsed(posted(**{f"{layer.value}_image": raw})).images
+    assert list(images) == [layer]
+    assert isinstance(images[layer], tuple)
+    [image] = images[layer]
+    assert image.mode == "RGBA"
+    assert np.array_equal(np.array(image), PIXELS)
+
+
+@pytest.mark.parametrize("data", [JPG, WEBP], ids=["JPG", "WebP"])
+def test_lossy_files_are_decoded(data: bytes) -> None:
+    [image] = parsed(posted(bg_image=in_base64(data))).images[Layer.BG]
+    assert (image.mode, image.size) == ("RGB", PICTURE.size)
+
+
+def test_a_decoded_image_is_not_the_one_that_was_sent() -> None:
+    """What the panel holds may change while the job waits."""
+    sent = PIXELS.copy()
+    [image] = parsed(posted(fg_image=sent)).images[Layer.FG]
+    sent[:] = 0
+    assert np.array_equal(np.array(image), PIXELS)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        "a cat",
+        in_base64(b"a cat"),
+        "data:image/png;base64,",
+        "data:image/png",
+        "https://example.org/cat.png",
+        f"{SENT[:40]}!{SENT[40:]}",
+        SENT[: len(SENT) // 2],
+        SENT[: len(SENT) // 2 // 4 * 4 + 1],
+        in_base64(JPG[: len(JPG) - 40]),
+        in_base64(WEBP[: len(WEBP) - 40]),
+        in_base64(PNG[:60] + bytes(20) + PNG[80:]),
+        [[[0, 0, 0, 0]]],
+        {"image": SENT, "mask": None},
+        7,
+        True,
+        b"a cat",
+    ],
+    ids=[
+        "text",
+        "base64 of text",
+        "empty data URL",
+        "data URL without data",
+        "address",
+        "base64 with something else in it",
+        "half",
+        "half, not whole in base64 either",
+        "cut-off JPG",
+        "cut-off WebP",
+        "damaged PNG",
+        "nested list",
+        "dict",
+        "number",
+        "flag",
+        "bytes",
+    ],
+)
+@pytest.mark.parametrize(("name", "label"), [("fg_image", "Foreground"), ("blend_image", "Blending")])
+def test_what_is_no_whole_image_is_refused_with_what_to_send(name: str, label: str, raw: object) -> None:
+    message = refusal(posted(**{name: raw}))
+    assert f"{label} ({name} in API calls) is " in message
+    assert "Set it to a whole PNG, JPG or WebP file in base64, or a data URL." in message
+    assert len(message) < 400
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.key)
+def test_a_missing_image_is_named_with_its_box_and_its_api_name(method: Method) -> None:
+    for layer, box in {Layer.FG: "Foreground", Layer.BG: "Background", Layer.BLEND: "Blending"}.items():
+        call = posted(method=method.key, **IMAGES | {f"{layer.value}_image": " "})
+        if layer in method.inputs:
+            message = refusal(call)
+            assert f"{method.label} needs a {layer.word} image" in message
+            assert f"the {box} box" in message
+            assert f"send it as {layer.value}_image" in message
+        else:
+            assert layer not in parsed(call).images
+
+
+def test_prompts_are_those_with_words_stripped() -> None:
+    request = parsed(posted(fg_prompt=" a cat,\nsitting \n", bg_prompt="\t", blend_prompt="a cat on a desk"))
+    assert request.prompts == {Layer.FG: "a cat,\nsitting", Layer.BLEND: "a cat on a desk"}
 
 
 @pytest.mark.parametrize("blank", ["", " ", "\n", None])
 def test_blank_text_is_no_image_and_no_prompt(blank: object) -> None:
     request = parsed(posted(fg_image=blank, fg_prompt=blank))
     assert (request.images, request.prompts) == ({}, {})
+
+
+@pytest.mark.parametrize(
+    ("method", "start", "stop", "shown_stop"),
+    [
+        ("xl_transparent_attn", 0.5, 0.5, "0.5"),
+        ("xl_transparent_attn", 0.75, 0.25, "0.25"),
+        ("xl_transparent_attn", 0.1, 0, "0"),
+        ("xl_transparent_attn", 1, 1, "1"),
+        ("xl_fgble2bg", 1, 1, "1"),
+        ("xl_everything", 0.5, 1, "0.5"),  # its last step stops there by itself
+        ("xl_everything", 0.8, 1, "0.5"),
+        ("xl_everything", 0.8, 0.75, "0.75"),
+        ("xl_bg2blefg", 1, 1, "1"),
+    ],
+)
+def test_a_start_with_no_stop_after_it_is_refused_with_both(
+    method: str, start: float, stop: float, shown_stop: str
+) -> None:
+    message = refusal(posted(method=method, starting_step=start, ending_step=stop, **IMAGES))
+    assert f"Start At is {start:g} and Stop At is {shown_stop}:" in message
+    assert "Set Start At below Stop At." in message
+
+
+@pytest.mark.parametrize(
+    ("method", "start", "stop"),
+    [
+        ("xl_transparent_attn", 0, 0),
+        ("xl_transparent_attn", 0.49, 0.5),
+        ("xl_transparent_attn", 0.99, 1),
+        ("xl_fgble2bg", 0.8, 1),
+        ("xl_everything", 0, 0),
+        ("xl_everything", 0.49, 1),
+        ("xl_everything", 0.7, 0.75),
+        ("xl_bg2blefg", 0.9, 1),
+    ],
+)
+def test_a_start_before_every_stop_is_taken(method: str, start: float, stop: float) -> None:
+    request = parsed(posted(method=method, starting_step=start, ending_step=stop, **IMAGES))
+    assert (request.starting_step, request.ending_step) == (start, stop)
+
+
+@pytest.mark.parametrize(
+    ("weight", "stop", "injects"),
+    [(1, 1, True), (0.1, 0.1, True), (2, 1, True), (0, 1, False), (1, 0, False), (0, 0, False)],
+)
+def test_without_weight_or_steps_nothing_is_injected(weight: float, stop: float, injects: bool) -> None:
+    assert parsed(posted(weight=weight, ending_step=stop)).injects is injects
+
+
+@pytest.mark.parametrize("method", CHAINED, ids=lambda method: method.key)
+def test_each_step_of_a_chain_gets_its_images_and_all_else_that_was_asked(method: Method) -> None:
+    asked = parsed(
+        posted(
+            method=method.key,
+            weight=0.75,
+            starting_step=0.25,
+            resize_mode="Just Resize",
+            fg_prompt="a cat",
+            blend_prompt="a cat on a desk",
+            **IMAGES,
+        )
+    )
+    there = {layer: (PICTURE.copy(), PICTURE.copy()) for layer in Layer}
+    for step in method.chain:
+        request = asked.for_step(step, there)
+        assert request.method.key == step.key
+        assert set(request.images) == set(request.method.inputs)
+        assert all(images is there[layer] for layer, images in request.images.items())
+        assert request.chain is asked
+        for name in ("weight", "starting_step", "resize_mode", "prompts"):
+            assert getattr(request, name) == getattr(asked, name)
+
+
+@pytest.mark.parametrize(
+    ("asked", "of_step", "expected"),
+    [(1, 1, 1), (1, 0.5, 0.5), (0.75, 0.5, 0.75), (0.25, 0.5, 0.25), (0, 0.5, 0), (0.75, 1, 0.75)],
+)
+def test_a_step_stops_where_it_does_by_itself_unless_the_request_says_otherwise(
+    asked: float, of_step: float, expected: float
+) -> None:
+    request = parsed(posted(method="xl_everything", ending_step=asked))
+    assert request.for_step(Step("xl_transparent_attn", stop_at=of_step), {}).ending_step == expected
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.key)
+def test_a_picture_is_one_of_several_where_its_method_or_chain_makes_more(method: Method) -> None:
+    request = parsed(posted(method=method.key, **IMAGES))
+    assert request.chain is None
+    assert request.several is (method.frames > 1)
+    for step in method.chain:
+        assert request.for_step(step, dict.fromkeys(Layer, (PICTURE,))).several
+        assert not parsed(posted(method=step.key, **IMAGES)).several
 
 
 @pytest.mark.parametrize("raw", [None, True, "a prompt from an older layout", 3, []])
@@ -198,6 +412,9 @@ def test_output_origin_has_no_effect(raw: object) -> None:
         ({"enabled": None, "method": "xl_transparent_conv"}, [True, CONV.label]),
         ({"enabled": True, "method": SD15.label, "weight": 1, "stop_at": 0.5}, [True, SD15.label, 1, 0.5]),
         ({"ending_step": 0.5, "weight": None}, [True, None, None, 0.5]),
+        ({"start_at": 0.25}, [True, *[None] * 11, 0.25]),
+        ({"starting_step": 0.25, "stop_at": 0.5}, [True, None, None, 0.5, *[None] * 8, 0.25]),
+        ({"method": "xl_bg2ble", "bg_image": SENT}, [True, "xl_bg2ble", None, None, None, SENT]),
     ],
 )
 def test_names_in_a_dict(named: dict[str, object], expected: list[object]) -> None:
@@ -219,7 +436,7 @@ def test_unknown_name_is_refused_with_the_nearest(name: str, near: str) -> None:
 
 
 def test_too_many_values() -> None:
-    assert "takes 12 values, but 13 came" in refusal([*posted(), "one more"])
+    assert "takes 13 values, but 14 came" in refusal([*posted(), "one more"])
 
 
 JSON = st.recursive(
@@ -227,10 +444,25 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=8,
 )
-METHOD = st.sampled_from([name for row in METHODS for name in (row.label, row.key)]) | st.integers(-1, 11) | JSON
-NUMBER = st.floats(0, 2) | st.sampled_from(["1", "0.5", 1]) | JSON
-MODE = st.sampled_from([mode.value for mode in ResizeMode]) | JSON
-LIKELY = [st.booleans() | JSON, METHOD, NUMBER, NUMBER, *[JSON] * 3, MODE, JSON, *[st.text(max_size=5) | JSON] * 3]
+METHOD = st.sampled_from([name for row in METHODS for name in (row.label, row.key, METHODS.index(row))])
+PART = st.floats(0, 1) | st.sampled_from([0, 1, "1", "0.5"])
+IMAGE = st.sampled_from([SENT, f"data:image/jpeg;base64,{in_base64(JPG)}", PIXELS, PICTURE])
+GOOD = {
+    "enabled": st.just(True),
+    "method": METHOD,
+    "weight": st.floats(0, 2) | st.sampled_from(["1", "0.5", 1]),
+    "ending_step": PART | st.just(1),
+    "fg_image": IMAGE,
+    "bg_image": IMAGE,
+    "blend_image": IMAGE,
+    "resize_mode": st.sampled_from([mode.value for mode in ResizeMode]),
+    "output_origin": st.booleans(),
+    "fg_prompt": st.text(max_size=5),
+    "bg_prompt": st.text(max_size=5),
+    "blend_prompt": st.text(max_size=5),
+    "starting_step": st.just(0) | PART,
+}
+ANY = JSON | st.one_of(*GOOD.values())
 
 FUZZ = settings(deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no bug
 
@@ -241,28 +473,52 @@ def check_outcome(args: Sequence[object]) -> None:
         request = Request.parse(args)
         if request is None:
             return
-        assert request.method.built
         assert 0 <= request.weight <= 2
+        assert 0 <= request.starting_step <= 1
         assert 0 <= request.ending_step <= 1
         assert isinstance(request.resize_mode, ResizeMode)
-        assert all(image is not None and image != "" for image in request.images.values())
-        assert all(text.strip() for text in request.prompts.values())
+        assert request.images.keys() >= set(request.method.inputs)
+        assert all(isinstance(image, Image.Image) for [image] in request.images.values())
+        assert all(text == text.strip() != "" for text in request.prompts.values())
+        for step in request.method.steps:
+            of_step = request.for_step(step, dict.fromkeys(Layer, (PICTURE,)))
+            assert of_step.starting_step == 0 or of_step.starting_step < of_step.ending_step
 
 
 @FUZZ
-@given(st.lists(JSON, max_size=14))
+@given(st.fixed_dictionaries(GOOD | {"starting_step": st.just(0)}))
+def test_the_good_values_are_good(values: dict[str, object]) -> None:
+    """Else the tests after this one would see refusals only."""
+    assert list(GOOD) == NAMES
+    assert parsed(posted(**values)) == parsed([values])
+
+
+@FUZZ
+@given(st.lists(JSON, max_size=15))
 def test_any_json_ends_in_a_request_or_a_sentence(args: list[object]) -> None:
     check_outcome(args)
     check_outcome([True, *args])
 
 
 @FUZZ
-@given(st.tuples(*LIKELY), st.integers(0, 12))
-def test_nearly_right_lists_end_in_a_request_or_a_sentence(args: tuple[object, ...], count: int) -> None:
+@given(st.fixed_dictionaries(GOOD), st.dictionaries(st.sampled_from(NAMES), ANY, max_size=2), st.integers(0, 13))
+def test_nearly_right_lists_end_in_a_request_or_a_sentence(
+    values: dict[str, object], wrong: dict[str, object], count: int
+) -> None:
+    args = posted(**values | wrong)
+    check_outcome(args)
     check_outcome(args[:count])
 
 
 @FUZZ
-@given(st.dictionaries(st.sampled_from([*NAMES, "stop_at", "other"]), JSON | METHOD | NUMBER))
+@given(st.dictionaries(st.sampled_from([*NAMES, "start_at", "stop_at", "other"]), ANY))
 def test_any_dict_ends_in_a_request_or_a_sentence(named: dict[str, object]) -> None:
-    check_outcome([json.loads(json.dumps(named))])
+    check_outcome([named])
+
+
+@FUZZ
+@given(st.sampled_from([PNG, JPG, WEBP]), st.floats(0, 1), st.integers(0, 255))
+def test_any_damage_to_a_file_ends_in_a_request_or_a_sentence(data: bytes, place: float, value: int) -> None:
+    at = int(place * (len(data) - 1))
+    check_outcome([{"fg_image": in_base64(data[:at])}])
+    check_outcome([{"fg_image": in_base64(data[:at] + bytes([value]) + data[at + 1 :])}])

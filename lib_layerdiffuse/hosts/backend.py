@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from copy import copy
 from functools import wraps
+from itertools import cycle, zip_longest
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,18 +24,22 @@ from backend import memory_management
 from backend.patcher.base import ModelPatcher
 from backend.patcher.lora import load_lora
 from fastapi import HTTPException
-from modules import images, shared, stealth_infotext
+from modules import images, img2img, processing, shared, stealth_infotext, txt2img
 from modules.paths import models_path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch import nn
+from torch import Tensor, nn
 
+from lib_layerdiffuse.batches import fitted
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.hosts.base import BaseModel
-from lib_layerdiffuse.injection import Injection, Switch, WeightPatch, attention_patches, misfit
+from lib_layerdiffuse.injection import Injection, WeightPatch, misfit
 from lib_layerdiffuse.methods import Family
 from lib_layerdiffuse.nets.attention_sharing import ATTENTIONS, BLOCKS, AttentionSharing
-from lib_layerdiffuse.tensors import Latent
+from lib_layerdiffuse.patches import Patch, Switch, attention_patches, condition_patch, control_patches
+from lib_layerdiffuse.request import Request
+from lib_layerdiffuse.tensors import Latent, Rgb
+from lib_layerdiffuse.vae import LATENT_STRIDE
 
 log = logging.getLogger("layerdiffuse")
 
@@ -40,6 +47,7 @@ log = logging.getLogger("layerdiffuse")
 # before sampling (`init` 921, `sample` 989), and after it (`save_samples` 1034, infotext of each picture 751).
 NEXT_STEPS = ("init", "sample", "save_samples", "get_token_merging_ratio")
 SAMPLING = ("sample", "sample_img2img")
+PROMPTS = ("all_prompts", "all_negative_prompts", "all_hr_prompts", "all_hr_negative_prompts")  # one for each row
 
 # The engine's flag, what it says, and the family that LayerDiffuse has weights for.
 KINDS = (
@@ -95,14 +103,103 @@ class BackendHost:
     def interrupted(self) -> bool:
         return bool(shared.state.interrupted or shared.state.skipped)
 
-    def fail(self, p: Any, error: Exception) -> None:
-        raised = RefusedJob(error) if isinstance(error, LayerDiffuseError) else error
+    def stopping(self) -> bool:
+        return self.interrupted() or bool(shared.state.stopping_generation)
+
+    def fail(self, p: Any, error: Exception, processed: Any = None) -> None:
+        raised = refused(error)
 
         def end_job(*args: Any, **kwargs: Any) -> Any:
             raise raised
 
         for step in NEXT_STEPS:
             setattr(p, step, end_job)
+        if processed is not None:
+            processed.js = end_job  # asked for by page and API alike, when all is done
+
+    def note(self, p: Any, text: str) -> None:
+        p.comment(text)
+        log.info(text)
+
+    def size(self, p: Any) -> tuple[int, int]:
+        return p.width, p.height
+
+    def sampler(self, p: Any) -> str:
+        return p.sampler_name
+
+    def refiner(self, p: Any) -> str | None:
+        name, switch_at = getattr(p, "refiner_checkpoint", None), getattr(p, "refiner_switch_at", None)
+        if name in (None, "", "None", "none") or not switch_at or switch_at >= 1:
+            return None
+        return f"{name} at {switch_at:g} of the steps"
+
+    def expect(self, p: Any, times: int) -> None:
+        if shared.state.job_count == -1:  # else a script such as X/Y/Z plot has counted its jobs itself
+            shared.state.job_count = p.n_iter * times
+
+    def fit_batch(self, p: Any, frames: int) -> None:
+        running_seed = int(p.subseed_strength == 0)
+        prompts = [getattr(p, name) for name in PROMPTS if getattr(p, name, None)]
+        seeds = [seed - i * running_seed for i, seed in enumerate(p.all_seeds)]
+        subseeds = [seed - i for i, seed in enumerate(p.all_subseeds)]
+        p.batch_size, rows = fitted(list(zip(*prompts, seeds, subseeds)), p.batch_size, frames)
+        p.n_iter = -(-len(rows) // p.batch_size)
+        for name in PROMPTS:
+            if before := getattr(p, name, None):
+                setattr(p, name, [before[row.source] for row in rows])
+        p.all_seeds = [p.all_seeds[row.source] + row.ahead * running_seed for row in rows]
+        p.all_subseeds = [p.all_subseeds[row.source] + row.ahead for row in rows]
+
+    def rows(self, p: Any) -> range:
+        start = p.iteration * p.batch_size
+        return range(start, start + len(p.prompts))
+
+    def put_before_prompts(self, p: Any, texts: Sequence[str]) -> None:
+        # The host reads the prompts of this batch next (parse_extra_network_prompts, processing.py:953); what it
+        # records with the pictures it takes from all_prompts again, later.
+        p.prompts = put_before(texts, p.prompts)
+        if all_prompts := getattr(p, "all_hr_prompts", None):
+            p.layerdiffuse_hr_prompts = all_prompts
+            p.all_hr_prompts = put_before(texts, all_prompts)
+
+    def restore_prompts(self, p: Any) -> None:
+        if hasattr(p, "layerdiffuse_hr_prompts"):
+            p.all_hr_prompts = p.layerdiffuse_hr_prompts
+            del p.layerdiffuse_hr_prompts
+
+    def encode(self, p: Any, rgb: Rgb) -> Latent:
+        vae = p.sd_model.forge_objects.vae.clone()
+        model = vae.first_stage_model
+        # Not the VAE's regulation, which its tiled mode leaves out (backend/patcher/vae.py:118).
+        vae.first_stage_model = SimpleNamespace(encode=lambda pixels, regulation=None: model.encode(pixels, mean_of))
+        return model.process_in(vae.encode(rgb.movedim(1, -1)))
+
+    def run_again(self, p: Any, request: Request, sampler: str) -> Any:
+        again = copy(p)
+        again.layerdiffuse_request = request
+        again.sampler_name = sampler
+        again.do_not_save_grid = True
+        # As the first run had them, whatever other scripts have done to them since the job was asked for.
+        again.prompt, again.negative_prompt, again.styles = p.all_prompts, p.all_negative_prompts, []
+        again.seed, again.subseed = p.all_seeds, p.all_subseeds
+        if getattr(p, "enable_hr", False):
+            again.hr_prompt, again.hr_negative_prompt = p.all_hr_prompts, p.all_hr_negative_prompts
+        again.comments, again.extra_result_images = {}, []
+        again.latents_after_sampling, again.pixels_after_sampling = [], []
+        again.extra_generation_params = {
+            key: value for key, value in p.extra_generation_params.items() if not key.startswith("LayerDiffuse")
+        }
+        return processing.process_images(again)
+
+    def add_runs(self, processed: Any, runs: Sequence[Any]) -> None:
+        first = processed.index_of_first_image
+        for items in (lambda run: run.images, lambda run: run.infotexts):
+            own = items(processed)
+            groups = zip_longest(own[first:], *(items(run)[: len(run.images)] for run in runs))
+            own[first:] = [item for group in groups for item in group if item is not None]
+        for run in runs:
+            processed.extra_images.extend(run.extra_images)
+            processed.comments += run.comments
 
     def base_model(self, p: Any) -> BaseModel:
         model = p.sd_model
@@ -125,14 +222,21 @@ class BackendHost:
     def has_mask(self, p: Any) -> bool:
         return getattr(p, "image_mask", None) is not None
 
+    def upscales(self, p: Any) -> bool:
+        return getattr(p, "firstpass_image", None) is not None
+
     def around_sampling(
-        self, p: Any, injected: Callable[[], AbstractContextManager[None]], finished: Callable[[Latent], None]
+        self, p: Any, injected: Callable[[int, int], AbstractContextManager[None]], finished: Callable[[Latent], None]
     ) -> None:
         def around(sampling: Callable[..., Latent]) -> Callable[..., Latent]:
             @wraps(sampling)
-            def sampled(*args: Any, **kwargs: Any) -> Latent:
-                with injected():
-                    latent = sampling(*args, **kwargs)
+            def sampled(p: Any, x: Latent, *args: Any, **kwargs: Any) -> Latent:
+                height, width = (LATENT_STRIDE * side for side in x.shape[2:])
+                try:
+                    with injected(width, height):
+                        latent = sampling(p, x, *args, **kwargs)
+                except LayerDiffuseError as error:
+                    raise refused(error) from error
                 finished(latent)
                 return latent
 
@@ -145,21 +249,28 @@ class BackendHost:
             setattr(p.sampler, name, around(getattr(sampling, "inside_layerdiffuse", sampling)))
 
     @contextmanager
-    def inject(self, p: Any, injection: Injection, weight: float, ending_step: float) -> Iterator[None]:
+    def inject(self, p: Any, injection: Injection, request: Request, condition: Tensor | None) -> Iterator[None]:
         objects = p.sd_model.forge_objects
         unet = objects.unet.clone()
-        plain = dict(unet.lora_patches)
+        plain = merged = dict(unet.lora_patches)
 
         def merge(on: bool) -> None:
             start = time.perf_counter()
-            unet.lora_loader.refresh(unet.lora_patches if on else plain, offload_device=unet.offload_device)
+            unet.lora_patches = merged if on else plain
+            unet.lora_loader.refresh(unet.lora_patches, offload_device=unet.offload_device)
             log.info("switched %s in %.2f s", "on" if on else "off", time.perf_counter() - start)
 
-        switch = Switch(unet.model.predictor.percent_to_sigma(ending_step), merge)
+        begin, end = map(unet.model.predictor.percent_to_sigma, (request.starting_step, request.ending_step))
+        switch = Switch(begin, end, merge, on=request.starting_step == 0)
         if isinstance(injection.content, WeightPatch):
-            patch_weights(unet, injection, injection.content, weight)
+            patch_weights(unet, injection, injection.content, request.weight)
+            merged = unet.lora_patches
+            if not switch.on:  # merged when it is time
+                unet.lora_patches = plain
+            patches = condition_patches(injection.content, condition, request.weight, switch)
         else:
-            share_attention(unet, injection.content, weight, switch)
+            patches = sharing_patches(unet, injection.content, condition, request.weight, switch)
+        add_patches(unet, patches)
         unet.add_conditioning_modifier(each_step(switch))
         # Not put back afterwards: the host drops it at its next reset (processing.py:937), and a patcher that nothing
         # refers to any more is forgotten by its memory management while the model still is on the GPU.
@@ -200,6 +311,8 @@ class BackendHost:
             processed.index_of_first_image = 0
         # Not among `images`: scripts such as SD upscale take those for the pictures that they asked for.
         processed.extra_images.extend(extras)
+        js = processed.js
+        processed.js = lambda: json.dumps(json.loads(js()) | {"comments": processed.comments.splitlines()})
 
     def save_beside(self, p: Any, image: Image.Image, path: Path, suffix: str, extension: str, infotext: str) -> None:
         # A copy, because the host's stealth infotext writes into the pixels of what it saves.
@@ -227,6 +340,11 @@ class BackendHost:
         from modules.api import api
 
         divert(api, "encode_pil_to_base64", is_ours, png_base64)
+
+    def show_captions(self, caption_of: Callable[[Any], str]) -> None:
+        """Have the page's gallery say under our images what they show."""
+        for module, name in ((txt2img, "txt2img_function"), (img2img, "img2img_function")):
+            after(module, name, lambda answer: (captioned(answer[0], caption_of), *answer[1:]))
 
 
 def each_step(switch: Switch) -> Callable[..., tuple[Any, ...]]:
@@ -274,14 +392,40 @@ def refuse_unfit(unet: Any, injection: Injection, patch: WeightPatch) -> None:
         )
 
 
-def share_attention(unet: Any, sharing: AttentionSharing, weight: float, switch: Switch) -> None:
-    """Put the units into the UNet's attention layers through the host's attention patches."""
+def condition_patches(patch: WeightPatch, latents: Latent | None, weight: float, switch: Switch) -> list[Patch]:
+    if patch.condition is None or latents is None:
+        return []
+    return [condition_patch(patch.condition, latents, weight, switch)]
+
+
+def sharing_patches(
+    unet: Any, sharing: AttentionSharing, picture: Rgb | None, weight: float, switch: Switch
+) -> list[Patch]:
+    """The units for the UNet's attention layers, which are loaded together with it."""
     unet.add_extra_model_patcher_during_sampling(patcher_of(sharing, unet.model.computation_dtype))
     hosts = {(name, block): getattr(transformer(unet, block), name) for name in ATTENTIONS for block in BLOCKS}
-    patches = unet.model_options["transformer_options"].setdefault("patches", {})
-    for kind, patch in attention_patches(sharing, hosts, weight, switch).items():
-        others = patches.get(kind, [])
-        patches[kind] = [patch, *others] if kind.endswith("_output_patch") else [*others, patch]
+    control = [] if picture is None else control_patches(sharing, picture, weight, switch)
+    return [*attention_patches(sharing, hosts, weight, switch), *control]
+
+
+def add_patches(unet: Any, patches: Sequence[Patch]) -> None:
+    lists = unet.model_options["transformer_options"].setdefault("patches", {})
+    for patch in patches:
+        others = lists.get(patch.kind, [])
+        lists[patch.kind] = [patch.call, *others] if patch.first else [*others, patch.call]
+
+
+def mean_of(posterior: Any) -> Latent:
+    """A regulation of the host's VAE: without chance."""
+    return posterior.mean
+
+
+def put_before(texts: Sequence[str], prompts: Sequence[str]) -> list[str]:
+    return [f"{text}, {prompt}" if text else prompt for text, prompt in zip(cycle(texts), prompts)]
+
+
+def refused(error: Exception) -> Exception:
+    return RefusedJob(error) if isinstance(error, LayerDiffuseError) else error
 
 
 def transformer(unet: Any, block: tuple[str, int]) -> nn.Module:
@@ -312,16 +456,26 @@ def dtype_for(device: torch.device) -> torch.dtype:
 
 def divert(module: ModuleType, name: str, condition: Callable[[Any], bool], instead: Callable[[Any], Any]) -> None:
     """Have `module.name(x)` call `instead(x)` where `condition(x)`; all else reaches the host's function as before."""
+    change(module, name, lambda original: lambda x: instead(x) if condition(x) else original(x))
+
+
+def after(module: ModuleType, name: str, then: Callable[[Any], Any]) -> None:
+    """Have `module.name` answer with `then` of its answer."""
+    change(module, name, lambda original: lambda *args: then(original(*args)))
+
+
+def change(module: ModuleType, name: str, changed: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     original = getattr(module, name)
-    if hasattr(original, "diverted_by_layerdiffuse"):  # the host's Reload UI loads scripts again
+    if hasattr(original, "changed_by_layerdiffuse"):  # the host's Reload UI loads scripts again
         return
+    function = wraps(original)(changed(original))
+    function.changed_by_layerdiffuse = True  # type: ignore[attr-defined]
+    setattr(module, name, function)
 
-    @wraps(original)
-    def diverted(x: Any) -> Any:
-        return instead(x) if condition(x) else original(x)
 
-    diverted.diverted_by_layerdiffuse = True  # type: ignore[attr-defined]
-    setattr(module, name, diverted)
+def captioned(images: Sequence[Any], caption_of: Callable[[Any], str]) -> list[Any]:
+    """As galleries take them: an image, or an image and its caption."""
+    return [(image, caption) if (caption := caption_of(image)) else image for image in images]
 
 
 def png_base64(image: Image.Image) -> bytes:

@@ -10,11 +10,12 @@ from typing import Any, Protocol
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from lib_layerdiffuse.injection import Injection
 from lib_layerdiffuse.methods import Family
-from lib_layerdiffuse.tensors import Latent
+from lib_layerdiffuse.request import Request
+from lib_layerdiffuse.tensors import Latent, Rgb
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,50 @@ class Host(Protocol):
     def interrupted(self) -> bool:
         """Whether the user wants this picture to end now."""
 
-    def fail(self, p: Any, error: Exception) -> None:
-        """Make the job end with `error` at its next step: hosts swallow what a hook raises."""
+    def stopping(self) -> bool:
+        """Whether the user wants the job to end, now or after this picture."""
+
+    def fail(self, p: Any, error: Exception, processed: Any = None) -> None:
+        """Make the job end with `error` at its next step: hosts swallow what a hook raises.
+
+        processed: what the job made, where its last step is over.
+        """
+
+    def note(self, p: Any, text: str) -> None:
+        """Show a sentence with the result."""
+
+    def size(self, p: Any) -> tuple[int, int]:
+        """Width and height of the first sampling pass."""
+
+    def refiner(self, p: Any) -> str | None:
+        """The checkpoint that takes over on the way, and when, in words."""
+
+    def expect(self, p: Any, times: int) -> None:
+        """Have the progress bar count on this job being run so many times, before the first."""
+
+    def fit_batch(self, p: Any, frames: int) -> None:
+        """Round the batch size up to whole pictures; see `batches.fitted`."""
+
+    def rows(self, p: Any) -> range:
+        """Which pictures of the job this batch is."""
+
+    def put_before_prompts(self, p: Any, texts: Sequence[str]) -> None:
+        """Sample this batch with `texts`, one for each frame, before the prompts; what is recorded stays."""
+
+    def restore_prompts(self, p: Any) -> None:
+        """After the host has read the prompts of this batch."""
+
+    def encode(self, p: Any, rgb: Rgb) -> Latent:
+        """The mean of the VAE's posterior for the pictures, in sampler space: the same each time."""
+
+    def run_again(self, p: Any, request: Request, sampler: str) -> Any:
+        """Run a copy of the job, with the same prompts and seeds, for another request; what it made (`processed`)."""
+
+    def sampler(self, p: Any) -> str:
+        """The name of the job's sampler."""
+
+    def add_runs(self, processed: Any, runs: Sequence[Any]) -> None:
+        """Put the pictures of later runs behind those of the first that they belong to."""
 
     def base_model(self, p: Any) -> BaseModel:
         """The checkpoint that this job samples with."""
@@ -59,14 +102,24 @@ class Host(Protocol):
     def has_mask(self, p: Any) -> bool:
         """Whether this is inpainting."""
 
+    def upscales(self, p: Any) -> bool:
+        """Whether this is the upscale button: a hires pass that starts from one finished picture."""
+
     def around_sampling(
-        self, p: Any, injected: Callable[[], AbstractContextManager[None]], finished: Callable[[Latent], None]
+        self, p: Any, injected: Callable[[int, int], AbstractContextManager[None]], finished: Callable[[Latent], None]
     ) -> None:
-        """Run the next sampling inside `injected()` and hand its final latent, in sampler space, to `finished`."""
+        """Run the next sampling inside `injected(width, height)`, and hand its final latent to `finished`.
 
-    def inject(self, p: Any, injection: Injection, weight: float, ending_step: float) -> AbstractContextManager[None]:
-        """While open, sampling runs with `injection`; above `ending_step` (0..1 of the schedule) without.
+        The size is the picture's, in pixels; the latent is in sampler space.
+        """
 
+    def inject(
+        self, p: Any, injection: Injection, request: Request, condition: Tensor | None
+    ) -> AbstractContextManager[None]:
+        """While open, sampling runs with `injection`, at the request's weight and between its start and stop.
+
+        condition: of one picture for all or of each, at the size of the sampling: latents in sampler space, one after
+        the other in channels, for weight patches; the picture itself (Rgb) for attention sharing.
         Raises LayerDiffuseError where the weights do not fit the UNet.
         """
 
@@ -77,7 +130,10 @@ class Host(Protocol):
         """Devices to run `module` on, each roomier and slower than the last; makes room for `memory` bytes there."""
 
     def show(self, p: Any, processed: Any, extras: Sequence[Image.Image]) -> None:
-        """Put the extras behind what the job made (`processed`), where, for the API, the pictures precede the grid."""
+        """Put the extras behind what the job made (`processed`), and the notes where API clients see them too.
+
+        For the API, the pictures precede the grid.
+        """
 
     def save_beside(self, p: Any, image: Image.Image, path: Path, suffix: str, extension: str, infotext: str) -> None:
         """Save `image` in `path`'s folder, under its name with `suffix`."""

@@ -147,7 +147,7 @@ def check_widths(widths: Sequence[int]) -> None:
     if len(widths) <= LATENT_LEVEL or any(width % HEAD_DIM for width in widths):
         raise LayerDiffuseError(
             f"The weight file is no transparent decoder: found down blocks {list(widths)} wide, expected more than "
-            f"{LATENT_LEVEL} of them, each a multiple of {HEAD_DIM} wide. Delete it, so that it is downloaded again."
+            f"{LATENT_LEVEL} of them, each a multiple of {HEAD_DIM} wide"
         )
 
 

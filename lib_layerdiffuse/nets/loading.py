@@ -20,8 +20,7 @@ def children(state_dict: StateDict, prefix: str) -> int:
 def shape(state_dict: StateDict, key: str) -> tuple[int, ...]:
     if key not in state_dict:
         raise LayerDiffuseError(
-            f"The weight file has no tensor {key} among its {len(state_dict)}: it belongs to something else, "
-            "or is damaged. Delete it, so that it is downloaded again."
+            f"no tensor {key} among its {len(state_dict)}: it belongs to something else, or is damaged"
         )
     return tuple(state_dict[key].shape)
 
@@ -37,8 +36,8 @@ def hold(net: Net, state_dict: StateDict) -> Net:
     ]
     if differences:
         raise LayerDiffuseError(
-            f"The weight file does not fit {type(net).__name__} in {len(differences)} tensors "
-            f"({'; '.join(differences[:DIFFERENCES_SHOWN])}). Delete it, so that it is downloaded again."
+            f"{len(differences)} of its {len(state_dict)} tensors do not fit {type(net).__name__} "
+            f"({'; '.join(differences[:DIFFERENCES_SHOWN])})"
         )
     net.requires_grad_(False).load_state_dict(state_dict, assign=True)
     return net.eval()

@@ -1,0 +1,39 @@
+"""What a person should know about a request that can run: shown with the result."""
+
+from collections.abc import Iterator
+
+from lib_layerdiffuse.methods import Layer
+from lib_layerdiffuse.outputs import alpha_range
+from lib_layerdiffuse.request import Request
+
+SUBSTITUTE = "Euler a"  # what the authors of the weights advise where DPM samplers give artifacts
+
+
+def notes(request: Request, width: int, height: int, sampler: str) -> Iterator[str]:
+    """Sentences about the images, prompts and sampler of a request. width, height: of the first sampling pass."""
+    method = request.method
+    for layer in request.images:
+        if layer not in method.inputs:
+            yield f"{method.label} takes no {layer.word} image: the one given was not used."
+    for layer in request.prompts:
+        if layer not in method.outputs:
+            yield f"{method.label} makes no {layer.word}: the {layer.word} prompt was not used."
+    for layer in method.inputs:
+        [image] = request.images[layer]
+        if image.size != (width, height):
+            yield (
+                f"The {layer.word} image of {image.width}x{image.height} was brought to {width}x{height} "
+                f"({request.resize_mode.value})."
+            )
+        if layer is Layer.FG and alpha_range(image) == (255, 255):
+            yield "The foreground image has no transparency: it covers the whole picture."
+        if layer is Layer.FG and alpha_range(image) == (0, 0):
+            yield "The foreground image is fully transparent: there is nothing of it to be seen."
+    for step in method.steps:
+        if sampler_for(step.avoids, sampler) != sampler:
+            yield f"{sampler} gives artifacts in the step {step.key}, which was sampled with {SUBSTITUTE}."
+
+
+def sampler_for(avoids: str, sampler: str) -> str:
+    """The sampler of a step that avoids all whose name contains `avoids`."""
+    return SUBSTITUTE if avoids and avoids in sampler else sampler

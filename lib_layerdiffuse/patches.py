@@ -1,0 +1,170 @@
+"""When and where it works in the UNet: functions for the hosts' lists of patches, free of any host.
+
+They are closures, because hosts deep-copy their model options, which leaves nothing but functions as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from lib_layerdiffuse.errors import LayerDiffuseError
+from lib_layerdiffuse.nets.attention_sharing import ATTENTIONS, LEVELS, AttentionSharing, AttentionSharingUnit
+from lib_layerdiffuse.tensors import Latent, Rgb, Tokens
+
+Block = tuple[str, int]
+Key = tuple[str, Block]  # attn1 or attn2, and where
+
+FIRST_BLOCK: Block = ("input", 0)
+
+
+@dataclass
+class Switch:
+    """Turns the injection on from `sigma_start` down to `sigma_end`, and back for samplers that go back up."""
+
+    sigma_start: float
+    sigma_end: float
+    turn: Callable[[bool], None]
+    on: bool = True
+
+    def at(self, sigma: float) -> None:
+        wanted = self.sigma_end <= sigma <= self.sigma_start
+        if wanted != self.on:
+            self.on = wanted
+            self.turn(wanted)
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A function for the host's list of patches of one kind; among its fellows there, the first or the last."""
+
+    kind: str
+    call: Callable[..., Any]
+    first: bool = False
+
+
+def add_to_rows(x: Tensor, added: Tensor) -> Tensor:
+    """[k·b, …] + [b, …], as a UNet's batch holds each picture several times: with the prompt, without it."""
+    if len(x) % len(added) or x.shape[1:] != added.shape[1:]:
+        raise LayerDiffuseError(
+            f"Layers need the whole picture at once, but the UNet got {tuple(x.shape)} where {tuple(added.shape)} "
+            "belongs. Switch off what samples the picture in tiles."
+        )
+    return (x.unflatten(0, (-1, len(added))) + added).flatten(0, 1)
+
+
+def condition_patch(weights: Tensor, latents: Latent, weight: float, switch: Switch) -> Patch:
+    """The part of the widened first convolution that reads the condition: constant over the steps, so computed once.
+
+    weights: [out, K, 3, 3]; latents: [b, K, H/8, W/8] as the UNet sees them, of one for all pictures or of each.
+    """
+    signal: list[Tensor] = []
+
+    def patch(h: Tensor, options: Mapping[str, Any]) -> Tensor:
+        if options["block"] != FIRST_BLOCK or not switch.on:
+            return h
+        if not signal:
+            signal.append(weight * F.conv2d(latents.to(h), weights.to(h), padding="same"))
+        return add_to_rows(h, signal[0])
+
+    return Patch("input_block_patch", patch)
+
+
+def control_patches(sharing: AttentionSharing, picture: Rgb, weight: float, switch: Switch) -> list[Patch]:
+    """What adds the control signals to the hidden states before any other patch, and to the answer after all others.
+
+    Outermost, unlike the rest: where other extensions merge tokens in between, they still are as many as the signal's.
+    picture: [b, 3, H, W], one for all pictures or one for each.
+    """
+    units = units_of(sharing)
+    signals: list[Tensor] = []
+    controls: dict[Key, Tokens] = {}
+
+    def control(key: Key, h: Tokens) -> Tokens:
+        if not signals:
+            signals.extend(sharing.signals(picture.to(h)))
+        if key not in controls:
+            controls[key] = weight * units[key].control(signals[LEVELS[key[1]]])
+        return controls[key]
+
+    def before(name: str) -> Callable[..., tuple[Tokens, Tokens, Tokens]]:
+        def patch(h: Tokens, context: Tokens, value: Tokens, extra: Mapping[str, Any]) -> tuple[Tokens, Tokens, Tokens]:
+            key = name, extra["block"]
+            if key not in units or not switch.on:
+                return h, context, value
+            controlled = add_to_rows(h, control(key, h))
+            return controlled, controlled if context is h else context, controlled if value is h else value
+
+        return patch
+
+    def after(name: str) -> Callable[..., Tokens]:
+        def patch(answer: Tokens, extra: Mapping[str, Any]) -> Tokens:
+            key = name, extra["block"]
+            return add_to_rows(answer, control(key, answer)) if key in units and switch.on else answer
+
+        return patch
+
+    return [
+        *(Patch(f"{name}_patch", before(name), first=True) for name in ATTENTIONS),
+        *(Patch(f"{name}_output_patch", after(name)) for name in ATTENTIONS),
+    ]
+
+
+def units_of(sharing: AttentionSharing) -> dict[Key, AttentionSharingUnit]:
+    return {(name, block): unit for name in ATTENTIONS for block, unit in sharing.units(name).items()}
+
+
+def attention_patches(
+    sharing: AttentionSharing, hosts: Mapping[Key, Any], weight: float, switch: Switch
+) -> list[Patch]:
+    """What puts the units of `sharing` into a UNet.
+
+    They nest innermost, as a module would: last before the attention, first after it. The host computes its own
+    attention in between: on one token, as its answer is not used. Other extensions' replacements of the attention
+    itself (`patches_replace`: SAG, PAG, IP-Adapter, StyleAlign) are called with our q, k and v; some come and go within
+    a step, so what is in force is noted at each pass through the UNet.
+    hosts: the UNet's own attention modules.
+    """
+    units = units_of(sharing)
+    pending: dict[Key, tuple[Tokens, Tokens, Tokens]] = {}
+    replaced: dict[str, Mapping[Any, Any]] = {}
+
+    def note(h: Tensor, options: Mapping[str, Any]) -> Tensor:
+        replaced.update({name: options.get("patches_replace", {}).get(name, {}) for name in ATTENTIONS})
+        return h
+
+    def replacement(name: str, block: Block) -> Callable[..., Tokens] | None:
+        return replaced[name].get((*block, 0), replaced[name].get(block))
+
+    def before(name: str) -> Callable[..., tuple[Tokens, Tokens, Tokens]]:
+        def patch(h: Tokens, context: Tokens, value: Tokens, extra: Mapping[str, Any]) -> tuple[Tokens, Tokens, Tokens]:
+            block = extra["block"]
+            if (name, block) not in units or not switch.on:
+                return h, context, value
+            pending[name, block] = h, context, value
+            if replacement(name, block):  # it may count on the shapes that it knows
+                return h, context, value
+            return h[:, :1], context[:, :1], value[:, :1]
+
+        return patch
+
+    def after(name: str) -> Callable[..., Tokens]:
+        def patch(answer: Tokens, extra: Mapping[str, Any]) -> Tokens:
+            key = name, extra["block"]
+            if key not in pending:
+                return answer
+            other = replacement(*key)
+            mix = (lambda q, k, v: other(q, k, v, extra)) if other else None
+            return units[key](*pending.pop(key), hosts[key], weight, mix)
+
+        return patch
+
+    return [
+        Patch("input_block_patch", note),
+        *(Patch(f"{name}_patch", before(name)) for name in ATTENTIONS),
+        *(Patch(f"{name}_output_patch", after(name), first=True) for name in ATTENTIONS),
+    ]

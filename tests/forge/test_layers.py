@@ -1,0 +1,269 @@
+"""The methods that make several layers, or one from others: any batch, with their names, prompts and images."""
+
+import re
+
+import pytest
+from PIL import Image
+
+from tests.forge.client import (
+    SD15_BG_TO_FG,
+    SD15_FG_TO_BG,
+    SD15_JOINT,
+    SDXL_BG_BLEND_TO_FG,
+    SDXL_BG_TO_BLEND,
+    SDXL_FG_BLEND_TO_BG,
+    SDXL_FG_TO_BLEND,
+    all_different,
+    alpha_varies,
+    controlnet,
+    layerdiffuse,
+    layerdiffuse_arguments,
+    same,
+    to_base64,
+)
+from tests.forge.test_pictures import HIRES
+from tests.forge.upstream_cases import METHODS, layer_image
+
+TINY = {"width": 64, "height": 64}
+SHOWS = {
+    SD15_JOINT: ("foreground", "background", "blend"),
+    SD15_FG_TO_BG: ("background", "blend"),
+    SD15_BG_TO_FG: ("foreground", "blend"),
+    SDXL_FG_TO_BLEND: ("blend",),
+    SDXL_FG_BLEND_TO_BG: ("background",),
+    SDXL_BG_TO_BLEND: ("blend",),
+    SDXL_BG_BLEND_TO_FG: ("foreground",),
+}
+SD15 = (SD15_JOINT, SD15_FG_TO_BG, SD15_BG_TO_FG)
+SDXL = tuple(pytest.param(method, marks=pytest.mark.sdxl) for method in SHOWS if method not in SD15)
+
+
+def layers(method, size=(64, 64), **more):
+    """The request field, with the images that the method takes."""
+    return layerdiffuse(method, **{name: layer_image(name, *size) for name in METHODS[method][1]}, **more)
+
+
+def pictures_of(answer, method, count):
+    """The pictures, which must be what the method says, followed by the opaque ones of those that are decoded."""
+    assert answer.status == 200, answer.body
+    shows = SHOWS[method] * count
+    modes = ["RGBA" if layer == "foreground" else "RGB" for layer in shows]
+    opaque = ["RGB"] * modes.count("RGBA")
+    assert [image.mode for image in answer.images] == modes + opaque
+    assert len(answer.transparent) == len(opaque)
+    assert all_different(answer.images[: len(shows)])
+    return answer.images[: len(shows)]
+
+
+# --- batches ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", SD15)
+def test_a_batch_becomes_whole_pictures_with_running_seeds(forge, plain_pictures, method):
+    frames = len(SHOWS[method])
+    whole = forge.txt2img(layers(method), TINY, batch_size=frames)
+    pictures = pictures_of(whole, method, 1)
+    lone = pictures_of(forge.txt2img(layers(method), TINY), method, 1)
+    assert all(same(*pair) for pair in zip(pictures, lone))
+    above = forge.txt2img(layers(method), TINY, batch_size=frames + 1)
+    pictures_of(above, method, 2)
+    assert above.info["all_seeds"] == list(range(1, 2 * frames + 1))
+    assert same(forge.picture(), plain_pictures["sd15"])
+
+
+@pytest.mark.parametrize("method", SD15)
+def test_batch_count(forge, method):
+    frames = len(SHOWS[method])
+    answer = forge.txt2img(layers(method), TINY, n_iter=2)
+    first, second = pictures_of(answer, method, 2)[:frames], answer.images[frames : 2 * frames]
+    assert same(first[0], forge.picture(layers(method), TINY))
+    assert same(second[0], forge.picture(layers(method), TINY, seed=1 + frames))
+
+
+@pytest.mark.parametrize("method", SDXL)
+@pytest.mark.parametrize("count", [{"batch_size": 2}, pytest.param({"n_iter": 2}, marks=pytest.mark.full)])
+def test_a_condition_counts_for_every_picture(forge, plain_pictures, method, count):
+    answer = forge.txt2img(layers(method), TINY, count)
+    first, second = pictures_of(answer, method, 2)
+    assert not same(first, second)
+    other = {name: layer_image("blend_image", 64, 64).rotate(90) for name in METHODS[method][1]}
+    changed = forge.txt2img(layerdiffuse(method, **other), TINY, count)
+    assert all_different([first, second, *pictures_of(changed, method, 2)])
+    assert same(forge.picture(), plain_pictures["sdxl"])
+
+
+def test_prompts_of_a_matrix_stay_with_their_pictures(forge):
+    put_at_start, different_seeds, kind, joined_by, margin = False, False, "positive", "comma", 0
+    answer = forge.txt2img(
+        layers(SD15_JOINT),
+        TINY,
+        prompt="apple|green",
+        script_name="prompt matrix",
+        script_args=[put_at_start, different_seeds, kind, joined_by, margin],
+    )
+    assert answer.status == 200, answer.body
+    cells = [image for image in answer.images if image.size == (64, 64)]
+    for i, prompt in enumerate(("apple", "apple, green")):
+        alone = forge.txt2img(layers(SD15_JOINT), TINY, prompt=prompt)
+        assert all(same(*pair) for pair in zip(cells[3 * i : 3 * i + 3], alone.images))
+
+
+# --- what goes with the pictures --------------------------------------------------------------------------------
+
+
+def test_names_and_infotexts_say_what_a_picture_shows(forge):
+    before = forge.saved_files()
+    prompts = {"fg_prompt": "green", "blend_prompt": "on a table"}
+    answer = forge.txt2img(layers(SD15_JOINT, **prompts), TINY, batch_size=4, save_images=True)
+    stems = sorted(path.stem for path in forge.saved_files() - before)
+    ends = [re.sub(r"^[^a-z]+-", "", stem) for stem in stems]
+    assert sorted(ends) == sorted(["fg", "bg", "blend", "fg-opaque"] * 2), stems
+    shows = [re.search(r"LayerDiffuse shows: (\w+)", text)[1] for text in answer.infotexts]
+    assert shows == ["foreground", "background", "blend"] * 2
+    assert [re.search(r"Seed: (\d+)", text)[1] for text in answer.infotexts] == ["1"] * 3 + ["4"] * 3
+    assert all(text.startswith("apple\n") and "foreground prompt: green" in text for text in answer.infotexts)
+
+
+def test_a_picture_is_repeated_from_the_infotext_of_any_of_its_layers(forge):
+    answer = forge.txt2img(layers(SD15_JOINT), TINY, n_iter=2)
+    seed = int(re.search(r"Seed: (\d+)", answer.infotexts[5])[1])
+    again = forge.txt2img(layers(SD15_JOINT), TINY, seed=seed)
+    assert all(same(*pair) for pair in zip(answer.images[3:6], again.images))
+
+
+def test_a_prompt_for_a_layer_changes_that_layer_first(forge):
+    """The others follow through the attention between them, but less."""
+    without = forge.txt2img(layers(SD15_JOINT), TINY).images[:3]
+    long = forge.txt2img(layers(SD15_JOINT, bg_prompt="wooden table " * 60), TINY)
+    assert all_different([*without, *pictures_of(long, SD15_JOINT, 1)])
+
+
+def test_foreground_composed_over_the_background(forge):
+    with forge.options(layerdiffuse_extras=["composed"]):
+        answer = forge.txt2img(layers(SD15_JOINT), TINY)
+    fg, bg, _, composed = answer.images
+    expected = Image.alpha_composite(bg.convert("RGBA"), fg).convert("RGB")
+    differences = [abs(a - b) for a, b in zip(composed.tobytes(), expected.tobytes())]
+    assert max(differences) <= 1  # Pillow rounds twice
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------
+
+
+def test_any_size(forge):
+    answer = forge.txt2img(layers(SD15_FG_TO_BG), width=520, height=328)
+    assert [image.size for image in pictures_of(answer, SD15_FG_TO_BG, 1)] == [(520, 328)] * 2
+    assert "64x64 was brought to 520x328" in answer.notes
+
+
+@pytest.mark.parametrize("method", [SD15_BG_TO_FG, pytest.param(SDXL_FG_TO_BLEND, marks=pytest.mark.sdxl)])
+def test_hires_fix(forge, method):
+    answer = forge.txt2img(layers(method), TINY, HIRES, hr_upscaler="Latent")
+    assert [image.size for image in pictures_of(answer, method, 1)] == [(96, 96)] * len(SHOWS[method])
+
+
+@pytest.mark.parametrize("mode", ["Just Resize", "Crop and Resize", "Resize and Fill"])
+def test_resize_modes(forge, mode):
+    image = to_base64(layer_image("bg_image", 96, 32))
+    answer = forge.txt2img(
+        layerdiffuse_arguments({"method": "sd15_bg2fg", "bg_image": image, "resize_mode": mode}), TINY
+    )
+    pictures_of(answer, SD15_BG_TO_FG, 1)
+    assert mode in answer.notes and mode in answer.infotexts[0]
+
+
+# --- weight, start and stop -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [SD15_FG_TO_BG, pytest.param(SDXL_FG_TO_BLEND, marks=pytest.mark.sdxl)])
+def test_weight(forge, method):
+    """0 is the base model's picture; control and condition are scaled with the rest."""
+    frames = len(SHOWS[method])
+    plain = forge.txt2img(TINY, batch_size=frames).images
+    opaque = [forge.txt2img(layers(method, weight=weight), TINY).images[:frames] for weight in (0.0, 0.5, 1.0)]
+    assert all(same(*pair) for pair in zip(plain, opaque[0]))
+    assert all_different([pictures[0] for pictures in opaque])
+
+
+@pytest.mark.parametrize("method", [SD15_BG_TO_FG, pytest.param(SDXL_FG_TO_BLEND, marks=pytest.mark.sdxl)])
+def test_start_and_stop(forge, method):
+    images = {name: to_base64(layer_image(name, 64, 64)) for name in METHODS[method][1]}
+
+    def picture(**more):
+        arguments = layerdiffuse_arguments({"method": method, **images, **more})
+        return forge.txt2img(arguments, TINY, steps=4).images[-1]
+
+    whole = picture()
+    parts = [picture(start_at=0.4), picture(stop_at=0.4), picture(start_at=0.3, stop_at=0.7)]
+    assert all_different([whole, *parts])
+    assert same(picture(), whole)
+
+
+# --- together with others ---------------------------------------------------------------------------------------
+
+LORA = {"prompt": "apple <lora:synthetic_lora_sd15:1>"}
+STYLE_ALIGN = {"alwayson_scripts": {"StyleAlign Integrated": {"args": [True, 1.0]}}}
+SAG = {"alwayson_scripts": {"SelfAttentionGuidance Integrated (SD 1.x, SD 2.x, SDXL)": {"args": [True, 0.5, 2.0, 1.0]}}}
+PAG = {"alwayson_scripts": {"PerturbedAttentionGuidance Integrated": {"args": [True, 3.0, 0.0, 0.0, 1.0]}}}
+FREE_U = {
+    "alwayson_scripts": {"FreeU Integrated (SD 1.x, SD 2.x, SDXL)": {"args": [True, 1.01, 1.02, 0.99, 0.95, 0.0, 1.0]}}
+}
+OTHERS = {"LoRA": LORA, "StyleAlign": STYLE_ALIGN, "SAG": SAG, "PAG": PAG, "FreeU": FREE_U}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_other_extensions_count_in_the_layers_too(forge, plain_pictures, other):
+    alone = forge.txt2img(layers(SD15_FG_TO_BG, (128, 128)), steps=2)
+    both = forge.txt2img(layers(SD15_FG_TO_BG, (128, 128)), OTHERS[other], steps=2)
+    pictures = pictures_of(both, SD15_FG_TO_BG, 1)
+    assert all_different([*pictures, *pictures_of(alone, SD15_FG_TO_BG, 1)])
+    assert same(forge.picture(), plain_pictures["sd15"])
+    assert same(forge.picture(layers(SD15_FG_TO_BG, (128, 128)), steps=2), alone.images[0])
+
+
+def test_controlnet_s_hint_counts_in_the_layers_too(forge):
+    hints = [layer_image("blend_image", 64, 64), layer_image("bg_image", 64, 64)]
+    answers = [forge.txt2img(layers(SD15_JOINT), TINY, controlnet(hint)) for hint in hints]
+    pictures = [image for answer in answers for image in pictures_of(answer, SD15_JOINT, 1)]
+    assert all_different([*pictures, *forge.txt2img(layers(SD15_JOINT), TINY).images[:3]])
+
+
+def test_token_merging(forge):
+    before = forge.picture(layers(SD15_FG_TO_BG), TINY)
+    with forge.options(token_merging_ratio=0.5):
+        merged = forge.txt2img(layers(SD15_FG_TO_BG), TINY)
+    assert not same(pictures_of(merged, SD15_FG_TO_BG, 1)[0], before)
+    assert same(forge.picture(layers(SD15_FG_TO_BG), TINY), before)
+
+
+def test_weights_kept_in_8_bits(forge):
+    """As `Diffusion in Low Bits` keeps them; the host widens them for each layer."""
+    with forge.options(forge_unet_storage_dtype="float8-e4m3fn"):
+        narrow = forge.txt2img(layers(SD15_JOINT), TINY)
+    assert alpha_varies(pictures_of(narrow, SD15_JOINT, 1)[0])
+    assert not same(narrow.images[0], forge.picture(layers(SD15_JOINT), TINY))
+
+
+# --- what is refused, and what is said --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [SD15_FG_TO_BG, SD15_BG_TO_FG])
+def test_a_missing_image_is_asked_for(forge, plain_pictures, method):
+    [name] = METHODS[method][1]
+    assert name in forge.txt2img(layerdiffuse(method), TINY).refusal
+    assert same(forge.picture(), plain_pictures["sd15"])
+
+
+@pytest.mark.parametrize("image", ["this is no image", to_base64(layer_image("bg_image", 64, 64))[:400], [[1, 2]]])
+def test_an_unreadable_image_is_named(forge, image):
+    arguments = layerdiffuse_arguments({"method": SD15_BG_TO_FG, "bg_image": image})
+    assert "bg_image" in forge.txt2img(arguments, TINY).refusal
+
+
+def test_what_continues_with_a_note(forge):
+    opaque = layer_image("bg_image", 64, 64)
+    empty = Image.new("RGBA", (64, 64))
+    noted = forge.txt2img(layerdiffuse(SD15_FG_TO_BG, fg_image=opaque, bg_image=opaque, fg_prompt="green"), TINY).notes
+    assert "takes no background image" in noted and "makes no foreground" in noted and "no transparency" in noted
+    assert "fully transparent" in forge.txt2img(layerdiffuse(SD15_FG_TO_BG, fg_image=empty), TINY).notes
+    assert forge.txt2img(layers(SD15_FG_TO_BG), TINY).notes == ""

@@ -1,0 +1,123 @@
+"""What is said with the result of a request that can run, and silence where there is nothing to say."""
+
+from collections.abc import Sequence
+
+import pytest
+from PIL import Image
+
+from lib_layerdiffuse.methods import METHODS, Layer, Method, find_method
+from lib_layerdiffuse.notes import notes, sampler_for
+from lib_layerdiffuse.request import Request
+
+SIZE = (8, 6)
+DPM = "DPM++ 2M SDE"
+TRANSPARENT_PALETTE = Image.new("P", SIZE)
+TRANSPARENT_PALETTE.info["transparency"] = 0
+
+
+def picture(alphas: Sequence[int] = (0, 255), size: tuple[int, int] = SIZE) -> Image.Image:
+    """One with these alphas, by turns."""
+    image = Image.new("RGBA", size, (9, 8, 7, 0))
+    image.putalpha(Image.frombytes("L", size, bytes(alphas[i % len(alphas)] for i in range(size[0] * size[1]))))
+    return image
+
+
+def noted(method: str, sampler: str = "Euler a", **values: object) -> list[str]:
+    """The notes on a request with all the images that the method takes, unless others are given."""
+    images = {f"{layer.value}_image": picture() for layer in find_method(method).inputs}
+    request = Request.parse([{"method": method} | images | values])
+    assert request is not None
+    return list(notes(request, *SIZE, sampler))
+
+
+def only(found: list[str], *parts: str) -> bool:
+    [note] = found
+    return all(part in note for part in parts)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.key)
+def test_silence_where_there_is_nothing_to_say(method: Method) -> None:
+    prompts = {f"{layer.value}_prompt": "a cat" for layer in method.outputs}
+    assert noted(method.key, **prompts) == []
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.key)
+def test_an_image_that_the_method_does_not_take_is_named(method: Method) -> None:
+    for layer in set(Layer) - set(method.inputs):
+        surplus = picture([255], (3, 3))  # neither its size nor its alpha matters
+        assert only(noted(method.key, **{f"{layer.value}_image": surplus}), method.label, f"no {layer.word} image")
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.key)
+def test_a_prompt_for_what_the_method_does_not_make_is_named(method: Method) -> None:
+    for layer in set(Layer) - set(method.outputs):
+        found = noted(method.key, **{f"{layer.value}_prompt": "a cat"})
+        assert only(found, method.label, f"makes no {layer.word}", f"the {layer.word} prompt was not used")
+
+
+@pytest.mark.parametrize("mode", ["Just Resize", "Crop and Resize", "Resize and Fill"])
+@pytest.mark.parametrize(("name", "word"), [("bg_image", "background"), ("blend_image", "blend")])
+@pytest.mark.parametrize("size", [(16, 5), (16, 6), (8, 5), (6, 8)])
+def test_a_resized_image_is_named_with_both_sizes_and_the_mode(
+    size: tuple[int, int], name: str, word: str, mode: str
+) -> None:
+    found = noted("xl_bgble2fg", resize_mode=mode, **{name: picture(size=size)})
+    assert only(found, f"The {word} image of {size[0]}x{size[1]} was brought to 8x6", f"({mode})")
+
+
+@pytest.mark.parametrize(
+    "image",
+    [picture([255]), Image.new("RGB", SIZE), Image.new("L", SIZE), Image.new("P", SIZE)],
+    ids=["RGBA", "RGB", "L", "P"],
+)
+def test_an_opaque_foreground_is_named(image: Image.Image) -> None:
+    assert only(noted("xl_fg2ble", fg_image=image), "foreground image has no transparency")
+
+
+@pytest.mark.parametrize("image", [picture([0]), Image.new("LA", SIZE), TRANSPARENT_PALETTE], ids=["RGBA", "LA", "P"])
+def test_a_fully_transparent_foreground_is_named(image: Image.Image) -> None:
+    assert only(noted("xl_fg2ble", fg_image=image), "foreground image is fully transparent")
+
+
+@pytest.mark.parametrize("alphas", [(0, 1), (254, 255), (128,), (0, 255)])
+def test_any_other_foreground_needs_no_note(alphas: tuple[int, ...]) -> None:
+    assert noted("xl_fg2ble", fg_image=picture(alphas)) == []
+
+
+@pytest.mark.parametrize("alpha", [0, 255])
+def test_only_a_foreground_is_expected_to_have_an_alpha(alpha: int) -> None:
+    assert noted("xl_bgble2fg", bg_image=picture([alpha]), blend_image=picture([alpha])) == []
+
+
+@pytest.mark.parametrize(("method", "step"), [("xl_everything", "xl_fgble2bg"), ("xl_bg2blefg", "xl_bgble2fg")])
+@pytest.mark.parametrize("sampler", [DPM, "DPM fast", "DPM2 a"])
+def test_a_dpm_sampler_is_named_with_the_step_that_goes_without(method: str, step: str, sampler: str) -> None:
+    assert only(noted(method, sampler), sampler, f"step {step}", "sampled with Euler a")
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if not method.chain], ids=lambda method: method.key)
+def test_a_method_alone_keeps_its_sampler(method: Method) -> None:
+    assert noted(method.key, DPM) == []
+
+
+@pytest.mark.parametrize(
+    ("avoids", "sampler", "expected"),
+    [
+        ("DPM", DPM, "Euler a"),
+        ("DPM", "Euler a", "Euler a"),
+        ("DPM", "Euler", "Euler"),
+        ("DPM", "DDIM", "DDIM"),
+        ("", DPM, DPM),
+    ],
+)
+def test_sampler_for(avoids: str, sampler: str, expected: str) -> None:
+    assert sampler_for(avoids, sampler) == expected
+
+
+def test_everything_there_is_to_say() -> None:
+    found = noted(
+        "xl_bg2blefg", DPM, fg_image=picture(), bg_image=picture(size=(4, 4)), bg_prompt="a desk", fg_prompt="a cat"
+    )
+    for part in ("no foreground image", "background prompt was not used", "of 4x4", DPM):
+        assert only([note for note in found if part in note], part)
+    assert len(found) == 4
