@@ -98,6 +98,8 @@ class Workshop:
         path = self._path(method.weights)
         identity = fingerprint(path)
         if identity not in self._injections:
+            for injection in self._injections.values():
+                self.host.forget(injection)
             self._injections.clear()
             self._injections[identity] = load_injection(method, path)
         return self._injections[identity]
@@ -274,8 +276,8 @@ class Session:
             (self._decode(painted[None], latent[None])[0], painted) if self._layer(row) is Layer.FG else None
             for row, (painted, latent) in enumerate(zip(pixels, latents, strict=True))
         ]
-        count = sum(decoded is not None for decoded in self._decoded)
-        log.info("decoded %d pictures in %.1f s", count, time.perf_counter() - start)
+        if count := sum(decoded is not None for decoded in self._decoded):
+            log.info("decoded %d pictures in %.1f s", count, time.perf_counter() - start)
 
     def _decode(self, rgb: Rgb, latent: Latent) -> Rgba:
         assert self.vae is not None, "a foreground without a decoder"
@@ -329,7 +331,7 @@ class Session:
             for picture in self.pictures
             if name in picture.extras
         ]
-        self.host.show(p, processed, extras)
+        self.host.show(p, processed, extras, self.method.frames)
         for image in (*processed.images, *processed.extra_images):
             if isinstance(image, Image.Image) and not outputs.is_marked(image):
                 outputs.mark(image)
@@ -349,4 +351,4 @@ class Session:
             sampler = sampler_for(step.avoids, self.host.sampler(p))
             runs.append(self.host.run_again(p, asked.for_step(step, images), sampler))
             made = runs[-1].images
-        self.host.add_runs(processed, runs)
+        self.host.add_runs(p, processed, runs)

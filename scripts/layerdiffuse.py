@@ -91,14 +91,19 @@ class LayerDiffuse(scripts.Script):
                 session.finish(p, processed)
 
 
-def must_keep_pixels(params: Any) -> bool:
+def needs_png(params: Any) -> bool:
     """Whether the host is about to save a transparent picture or mask of ours, perhaps from the gallery again."""
     return params.image.mode != "RGB" and outputs.METHOD_KEY in (params.pnginfo.get("parameters") or "")
 
 
+def must_keep_pixels(params: Any) -> bool:
+    """Whether it is one of these, or a layer, which goes on into the next step as it is."""
+    return needs_png(params) or outputs.picture_of(params.image) is not None
+
+
 def before_saved(params: Any) -> None:
     params.filename = outputs.named(params.filename, outputs.picture_of(params.image))
-    if not must_keep_pixels(params):
+    if not needs_png(params):
         return
     filename = outputs.lossless_name(params.filename)
     if filename != params.filename and hasattr(params.p, "comment"):

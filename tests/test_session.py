@@ -91,7 +91,7 @@ class SmallHost:
         colour = (len(self.runs),) * 3
         return SimpleNamespace(images=[Image.new("RGB", (8, 8), colour) for _ in p.rows])
 
-    def add_runs(self, processed, runs):
+    def add_runs(self, p, processed, runs):
         processed.runs = runs
 
     def vae_latent(self, p, sampler_latent):
@@ -101,7 +101,7 @@ class SmallHost:
         yield torch.device("cpu")
         yield torch.device("cpu")
 
-    def show(self, p, processed, extras):
+    def show(self, p, processed, extras, frames):
         processed.extra_images.extend(extras)
 
 

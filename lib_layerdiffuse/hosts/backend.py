@@ -191,15 +191,17 @@ class BackendHost:
         }
         return processing.process_images(again)
 
-    def add_runs(self, processed: Any, runs: Sequence[Any]) -> None:
+    def add_runs(self, p: Any, processed: Any, runs: Sequence[Any]) -> None:
         first = processed.index_of_first_image
-        for items in (lambda run: run.images, lambda run: run.infotexts):
-            own = items(processed)
-            groups = zip_longest(own[first:], *(items(run)[: len(run.images)] for run in runs))
+        for name in ("images", "infotexts"):
+            own = getattr(processed, name)
+            groups = zip_longest(own[first:], *(getattr(run, name)[: len(run.images)] for run in runs))
             own[first:] = [item for group in groups for item in group if item is not None]
         for run in runs:
             processed.extra_images.extend(run.extra_images)
             processed.comments += run.comments
+        if has_list(p):
+            processed.extra_images[:0] = one_each(processed, 1 + len(runs))
 
     def base_model(self, p: Any) -> BaseModel:
         model = p.sd_model
@@ -304,7 +306,14 @@ class BackendHost:
         finally:
             module.to(dtype)
 
-    def show(self, p: Any, processed: Any, extras: Sequence[Image.Image]) -> None:
+    def forget(self, injection: Injection) -> None:
+        # The module and its patcher know each other, so that the host would never find them abandoned.
+        if patcher := injection.content.__dict__.pop("host_patcher", None):
+            memory_management.unload_model_clones(patcher)
+
+    def show(self, p: Any, processed: Any, extras: Sequence[Image.Image], frames: int) -> None:
+        if has_list(p):
+            processed.extra_images.extend(one_each(processed, frames))
         if processed.index_of_first_image and getattr(p, "is_api", False):
             for items in (processed.images, processed.infotexts):
                 items.append(items.pop(0))  # the grid
@@ -345,6 +354,20 @@ class BackendHost:
         """Have the page's gallery say under our images what they show."""
         for module, name in ((txt2img, "txt2img_function"), (img2img, "img2img_function")):
             after(module, name, lambda answer: (captioned(answer[0], caption_of), *answer[1:]))
+
+
+def has_list(p: Any) -> bool:
+    """Whether a script runs a list of prompts: it then counts on one picture for each."""
+    return isinstance(p.prompt, list) or isinstance(p.negative_prompt, list)
+
+
+def one_each(processed: Any, frames: int) -> list[Image.Image]:
+    """Keep the first of the pictures that belong together, and return the others."""
+    first = processed.index_of_first_image
+    others = [image for i, image in enumerate(processed.images[first:]) if i % frames]
+    for items in (processed.images, processed.infotexts):
+        items[first:] = items[first::frames]
+    return others
 
 
 def each_step(switch: Switch) -> Callable[..., tuple[Any, ...]]:

@@ -84,7 +84,7 @@ class Host(Protocol):
     def sampler(self, p: Any) -> str:
         """The name of the job's sampler."""
 
-    def add_runs(self, processed: Any, runs: Sequence[Any]) -> None:
+    def add_runs(self, p: Any, processed: Any, runs: Sequence[Any]) -> None:
         """Put the pictures of later runs behind those of the first that they belong to."""
 
     def base_model(self, p: Any) -> BaseModel:
@@ -104,6 +104,9 @@ class Host(Protocol):
 
     def upscales(self, p: Any) -> bool:
         """Whether this is the upscale button: a hires pass that starts from one finished picture."""
+
+    def forget(self, injection: Injection) -> None:
+        """Let go of what was loaded of it: it is not used any more."""
 
     def around_sampling(
         self, p: Any, injected: Callable[[int, int], AbstractContextManager[None]], finished: Callable[[Latent], None]
@@ -129,10 +132,10 @@ class Host(Protocol):
     def places(self, module: nn.Module, memory: int) -> Iterator[torch.device]:
         """Devices to run `module` on, each roomier and slower than the last; makes room for `memory` bytes there."""
 
-    def show(self, p: Any, processed: Any, extras: Sequence[Image.Image]) -> None:
+    def show(self, p: Any, processed: Any, extras: Sequence[Image.Image], frames: int) -> None:
         """Put the extras behind what the job made (`processed`), and the notes where API clients see them too.
 
-        For the API, the pictures precede the grid.
+        For the API, the pictures precede the grid. frames: how many of the pictures belong together, each time.
         """
 
     def save_beside(self, p: Any, image: Image.Image, path: Path, suffix: str, extension: str, infotext: str) -> None:

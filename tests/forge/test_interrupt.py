@@ -9,10 +9,10 @@ STEPS = 60  # minutes, if nothing ended it
 LIMIT_S = 60
 
 
-def wait_for(condition):
-    deadline = time.monotonic() + LIMIT_S
+def wait_for(condition, limit=LIMIT_S):
+    deadline = time.monotonic() + limit
     while not condition():
-        assert time.monotonic() < deadline, f"still waiting after {LIMIT_S} s"
+        assert time.monotonic() < deadline, f"still waiting after {limit} s"
         time.sleep(0.2)
 
 
