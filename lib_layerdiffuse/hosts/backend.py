@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from copy import copy
 from functools import wraps
 from itertools import cycle, zip_longest
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from weakref import ref
 
 import torch
 from backend import memory_management
@@ -189,7 +189,8 @@ class BackendHost:
         again.extra_generation_params = {
             key: value for key, value in p.extra_generation_params.items() if not key.startswith("LayerDiffuse")
         }
-        return processing.process_images(again)
+        with closing(again):
+            return processing.process_images(again)
 
     def add_runs(self, p: Any, processed: Any, runs: Sequence[Any]) -> None:
         first = processed.index_of_first_image
@@ -255,9 +256,13 @@ class BackendHost:
         objects = p.sd_model.forge_objects
         unet = objects.unet.clone()
         plain = merged = dict(unet.lora_patches)
+        patcher = ref(
+            unet
+        )  # which holds `merge` in its turn, and gigabytes of weights until the next garbage collection
 
         def merge(on: bool) -> None:
             start = time.perf_counter()
+            unet: Any = patcher()
             unet.lora_patches = merged if on else plain
             unet.lora_loader.refresh(unet.lora_patches, offload_device=unet.offload_device)
             log.info("switched %s in %.2f s", "on" if on else "off", time.perf_counter() - start)
@@ -307,9 +312,12 @@ class BackendHost:
             module.to(dtype)
 
     def forget(self, injection: Injection) -> None:
-        # The module and its patcher know each other, so that the host would never find them abandoned.
-        if patcher := injection.content.__dict__.pop("host_patcher", None):
+        # What refers back to the module would keep it, a gigabyte on a CPU, until the next garbage collection: its
+        # patcher, and what the host's patcher puts on it (backend/patcher/base.py:64).
+        attributes = vars(injection.content)
+        if patcher := attributes.pop("host_patcher", None):
             memory_management.unload_model_clones(patcher)
+            del attributes["lora_loader"]
 
     def show(self, p: Any, processed: Any, extras: Sequence[Image.Image], frames: int) -> None:
         if has_list(p):
@@ -320,8 +328,8 @@ class BackendHost:
             processed.index_of_first_image = 0
         # Not among `images`: scripts such as SD upscale take those for the pictures that they asked for.
         processed.extra_images.extend(extras)
-        js = processed.js
-        processed.js = lambda: json.dumps(json.loads(js()) | {"comments": processed.comments.splitlines()})
+        if p.comments:
+            processed.extra_generation_params = {**p.extra_generation_params, "LayerDiffuse notes": list(p.comments)}
 
     def save_beside(self, p: Any, image: Image.Image, path: Path, suffix: str, extension: str, infotext: str) -> None:
         # A copy, because the host's stealth infotext writes into the pixels of what it saves.

@@ -140,7 +140,7 @@ class Answer:
 
     @property
     def notes(self) -> str:
-        return "\n".join(self.info["comments"])
+        return "\n".join(self.info["extra_generation_params"].get("LayerDiffuse notes", []))
 
     @property
     def refusal(self) -> str:
