@@ -256,9 +256,8 @@ class BackendHost:
         objects = p.sd_model.forge_objects
         unet = objects.unet.clone()
         plain = merged = dict(unet.lora_patches)
-        patcher = ref(
-            unet
-        )  # which holds `merge` in its turn, and gigabytes of weights until the next garbage collection
+        # Weakly, because it holds `merge`: together they would keep gigabytes until the next garbage collection.
+        patcher = ref(unet)
 
         def merge(on: bool) -> None:
             start = time.perf_counter()

@@ -66,9 +66,11 @@ def attend_frames(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     if q.shape[1] == 1:
         return v
     q, k, v = (t.unflatten(-1, (heads, -1)) for t in (q, k, v))  # -> [B, F, N, heads, C/heads]
-    scale = q.shape[-1] ** -0.5
-    scores = (q.unsqueeze(2) * k.unsqueeze(1)).sum(-1, keepdim=True) * scale  # -> [B, F, F, N, heads, 1]
-    return (scores.softmax(dim=2) * v.unsqueeze(1)).sum(dim=2).flatten(-2)
+    answers = []
+    for own in q.unbind(dim=1):  # one after the other, as the products take F times the memory of the answer
+        scores = (own.unsqueeze(1) * k).sum(-1, keepdim=True) * q.shape[-1] ** -0.5  # -> [B, F, N, heads, 1]
+        answers.append((scores.softmax(dim=1) * v).sum(dim=1))
+    return torch.stack(answers, dim=1).flatten(-2)
 
 
 class LowRank(nn.Module):

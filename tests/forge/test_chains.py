@@ -70,6 +70,14 @@ def test_foreground_from_a_background(forge, plain_pictures):
     assert same(forge.picture(), plain_pictures["sdxl"])
 
 
+@pytest.mark.full
+def test_batch_count(forge):
+    answer = forge.txt2img(layerdiffuse(EVERYTHING), TINY, n_iter=2)
+    assert [image.mode for image in answer.images] == ["RGBA", "RGB", "RGB"] * 2 + ["RGB"] * 2
+    alone = forge.txt2img(layerdiffuse(EVERYTHING), TINY, seed=2)
+    assert all(same(*pair) for pair in zip(answer.images[3:6], alone.images))
+
+
 def test_an_interrupt_ends_the_chain(forge):
     def second_step_runs():
         state = forge.request("sdapi/v1/progress?skip_current_image=true").body["state"]

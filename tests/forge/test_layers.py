@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from tests.forge.client import (
+    BASE_REQUEST,
     SD15_BG_TO_FG,
     SD15_FG_TO_BG,
     SD15_JOINT,
@@ -21,6 +22,7 @@ from tests.forge.client import (
     to_base64,
 )
 from tests.forge.test_pictures import HIRES
+from tests.forge.test_scripts import xyz_arguments
 from tests.forge.upstream_cases import METHODS, layer_image
 
 TINY = {"width": 64, "height": 64}
@@ -109,6 +111,25 @@ def test_prompts_of_a_matrix_stay_with_their_pictures(forge):
         assert all(same(*pair) for pair in zip([cells[i], *others], alone.images))
 
 
+def test_xyz_plot_and_prompts_from_file(forge):
+    """A cell of the plot shows the first layer; a line of the file gets all layers."""
+    cells = {"script_name": "x/y/z plot", "script_args": xyz_arguments("1, 4")}
+    plot = forge.txt2img(layers(SD15_JOINT), TINY, cells)
+    assert plot.status == 200, plot.body
+    both = forge.txt2img(layers(SD15_JOINT), TINY, n_iter=2).images
+    assert [image.tobytes() for image in plot.transparent if image.size == (64, 64)] == [
+        both[0].tobytes(),
+        both[3].tobytes(),
+    ]
+    lines = {
+        "script_name": "prompts from file or textbox",
+        "script_args": [False, False, "start", "apple\npear", False],
+    }
+    read = forge.txt2img(layers(SD15_JOINT), TINY, lines)
+    assert [image.mode for image in read.images[:6]] == ["RGBA", "RGB", "RGB"] * 2
+    assert all(same(*pair) for pair in zip(read.images[:3], both[:3]))
+
+
 # --- what goes with the pictures --------------------------------------------------------------------------------
 
 
@@ -174,6 +195,16 @@ def test_resize_modes(forge, mode):
     )
     pictures_of(answer, SD15_BG_TO_FG, 1)
     assert mode in answer.notes and mode in answer.infotexts[0]
+
+
+def test_img2img_starts_all_layers_from_the_one_picture(forge):
+    init = layer_image("blend_image", 64, 64).convert("RGB")
+    answer = forge.img2img(init, layers(SD15_BG_TO_FG), TINY)
+    pictures_of(answer, SD15_BG_TO_FG, 1)
+    several = forge.request(
+        "sdapi/v1/img2img", {**BASE_REQUEST, **TINY, **layers(SD15_BG_TO_FG), "init_images": [to_base64(init)] * 2}
+    )
+    assert "one init image" in several.refusal
 
 
 # --- weight, start and stop -------------------------------------------------------------------------------------
