@@ -21,7 +21,7 @@ TITLE = "LayerDiffuse"
 DEFAULTS = Controls()
 
 image_box = partial(gr.Image, type="numpy", image_mode="RGBA")
-prompt_box = partial(gr.Textbox, lines=1)
+prompt_box = partial(gr.Textbox, lines=1, placeholder="put before the prompt, for this layer")
 
 # How each field of Controls is shown.
 PARTS: Mapping[str, Callable[[], Any]] = {
