@@ -13,9 +13,6 @@ from tests.forge.client import (
     same,
 )
 
-NOT_BUILT = "(SD1.5) Generate Everything Together (need batch size 3)"
-
-
 METHODS = {"sd15": SD15_ATTENTION, "sdxl": SDXL_ATTENTION}
 
 
@@ -60,11 +57,11 @@ def test_an_inpainting_checkpoint(forge, unharmed):
     ("arguments", "expected"),
     [
         ((True, "Only Generate Transparent Pictures", 1.0, 1.0), "method"),
-        ((True, NOT_BUILT, 1.0, 1.0), "Generate Everything Together"),
         ((True, SD15_ATTENTION, "strong", 1.0), "weight"),
         ((True, SD15_ATTENTION, 1.0, 7), "stop"),
+        (({"method": SD15_ATTENTION, "start_at": 0.6, "stop_at": 0.5},), "below Stop At"),
     ],
-    ids=["unknown method", "not built", "weight is a word", "stop at 7"],
+    ids=["unknown method", "weight is a word", "stop at 7", "start behind the stop"],
 )
 def test_arguments_that_mean_nothing(forge, unharmed, arguments, expected):
     assert words(forge.txt2img(layerdiffuse_arguments(*arguments)).refusal, expected)

@@ -65,7 +65,13 @@ def test_run_ends_with_forge_on_ctrl_c(stand_in, tmp_path):
     stand_in(READY)
     environment = {**os.environ, "FORGE_DIR": str(tmp_path), "FORGE_PYTHON": sys.executable, "TMPDIR": str(tmp_path)}
     command = [sys.executable, str(CHECKOUT / "tools" / "forge.py"), "run", "--theme", "dark"]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells have background jobs ignore it
+    )
     lines = []
     for line in process.stdout:
         lines.append(line)
