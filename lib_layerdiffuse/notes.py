@@ -6,6 +6,10 @@ from lib_layerdiffuse.methods import Layer
 from lib_layerdiffuse.outputs import alpha_range
 from lib_layerdiffuse.request import Request
 
+ALPHA_NOTES = {  # by the lowest and the highest alpha of a foreground
+    (255, 255): "The foreground image has no transparency: it covers the whole picture.",
+    (0, 0): "The foreground image is fully transparent: there is nothing of it to be seen.",
+}
 SUBSTITUTE = "Euler a"  # what the authors of the weights advise where DPM samplers give artifacts
 
 
@@ -25,10 +29,8 @@ def notes(request: Request, width: int, height: int, sampler: str) -> Iterator[s
                 f"The {layer.word} image of {image.width}x{image.height} was brought to {width}x{height} "
                 f"({request.resize_mode.value})."
             )
-        if layer is Layer.FG and alpha_range(image) == (255, 255):
-            yield "The foreground image has no transparency: it covers the whole picture."
-        if layer is Layer.FG and alpha_range(image) == (0, 0):
-            yield "The foreground image is fully transparent: there is nothing of it to be seen."
+        if layer is Layer.FG and (sentence := ALPHA_NOTES.get(alpha_range(image))):
+            yield sentence
     for step in method.steps:
         if sampler_for(step.avoids, sampler) != sampler:
             yield f"{sampler} gives artifacts in the step {step.key}, which was sampled with {SUBSTITUTE}."

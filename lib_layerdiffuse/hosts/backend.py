@@ -219,7 +219,7 @@ class BackendHost:
         p.init_images = init_images
 
     def flatten_upscaled(self, p: Any, flatten: Callable[[Image.Image], Image.Image]) -> None:
-        if getattr(p, "firstpass_image", None) is not None:
+        if self.upscales(p):
             p.firstpass_image = flatten(p.firstpass_image)
 
     def has_mask(self, p: Any) -> bool:
