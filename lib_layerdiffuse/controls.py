@@ -1,0 +1,114 @@
+"""How the raw values of panels and API calls are read, by a dataclass that says which there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from PIL import Image
+
+from lib_layerdiffuse.errors import LayerDiffuseError
+from lib_layerdiffuse.images import read_image
+from lib_layerdiffuse.methods import listed, nearest, shortened
+
+# One small parser per kind of control: the value, or any everyday exception for what is not one.
+
+_FLAGS = {True: True, False: False, "true": True, "false": False}  # 1 and 0 are True and False as keys
+
+
+def flag(raw: Any) -> bool:
+    return _FLAGS[raw.lower() if isinstance(raw, str) else raw]
+
+
+def number(low: float, high: float) -> Callable[[Any], float]:
+    def parse(raw: Any) -> float:
+        value = float(raw)
+        if isinstance(raw, bool) or not low <= value <= high:  # NaN compares false
+            raise ValueError(raw)
+        return value
+
+    return parse
+
+
+def text(raw: Any) -> str:
+    if not isinstance(raw, str):
+        raise TypeError(raw)
+    return raw
+
+
+def image(raw: Any) -> Image.Image | None:
+    """Blank text is no image."""
+    return None if raw is None or (isinstance(raw, str) and not raw.strip()) else read_image(raw)
+
+
+def anything(raw: Any) -> object:
+    return raw
+
+
+IMAGE_NEEDS = "a whole PNG, JPG or WebP file in base64, or a data URL"
+
+
+def control(label: str, default: object, parse: Callable[[Any], object], needs: str = "") -> Any:
+    """A field of a dataclass of controls: its name in the panel, and how a value is read.
+
+    `needs` ends the sentence for a wrong one.
+    """
+    return field(default=default, metadata={"label": label, "parse": parse, "needs": needs})
+
+
+@dataclass(frozen=True)
+class Form:
+    """A dataclass of controls, the name of what they control, and other names that older calls use for some."""
+
+    title: str
+    controls: type
+    aliases: Mapping[str, str]
+
+    def read(self, args: Sequence[object]) -> dict[str, Any] | None:
+        """Every control's value, from one value per control or one dict of names; None, and no further look, when off.
+
+        Null counts as not given. The web UI lays the posted list over its own defaults: behind a dict in the first
+        place stand only those defaults. Raises LayerDiffuseError.
+        """
+        if args and isinstance(args[0], Mapping):
+            given = {"enabled": True} | self._named(args[0].items())
+        else:
+            given = self._named(zip(self._rows, args, strict=False))
+        if not self._parsed("enabled", given):
+            return None
+        self._refuse_unknown(args, given)
+        return {name: self._parsed(name, given) for name in self._rows}
+
+    def label(self, name: str) -> str:
+        """The control's name in the panel."""
+        return self._rows[name].metadata["label"]
+
+    @property
+    def _rows(self) -> dict[str, Any]:
+        return {row.name: row for row in fields(self.controls)}
+
+    def _named(self, pairs: Iterable[tuple[str, object]]) -> dict[str, object]:
+        return {self.aliases.get(name, name): raw for name, raw in pairs if raw is not None}
+
+    def _parsed(self, name: str, given: Mapping[str, object]) -> Any:
+        """The control's value, or its default where none is given."""
+        row = self._rows[name]
+        raw = given.get(name, row.default)
+        try:
+            return row.metadata["parse"](raw)
+        except (ArithmeticError, LookupError, TypeError, ValueError):
+            raise LayerDiffuseError(
+                f"{row.metadata['label']} ({name} in API calls) is {shortened(raw)}. Set it to {row.metadata['needs']}."
+            ) from None
+
+    def _refuse_unknown(self, args: Sequence[object], given: Mapping[str, object]) -> None:
+        """More values than controls, or a name that no control has."""
+        names = ", ".join(self._rows)
+        if len(args) > len(self._rows):
+            raise LayerDiffuseError(f"{self.title} takes {len(self._rows)} values, but {len(args)} came. Send {names}.")
+        if unknown := [name for name in given if name not in self._rows]:
+            near = listed(nearest(unknown[0], self._rows))
+            raise LayerDiffuseError(
+                f"{self.title} has no setting {shortened(unknown[0])}. Did you mean {near}? The names are {names}."
+            )
