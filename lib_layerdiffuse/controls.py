@@ -31,6 +31,16 @@ def number(low: float, high: float) -> Callable[[Any], float]:
     return parse
 
 
+def whole(low: int, high: int) -> Callable[[Any], int]:
+    def parse(raw: Any) -> int:
+        value = number(low, high)(raw)
+        if value % 1:
+            raise ValueError(raw)
+        return int(value)
+
+    return parse
+
+
 def text(raw: Any) -> str:
     if not isinstance(raw, str):
         raise TypeError(raw)

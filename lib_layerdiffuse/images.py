@@ -3,7 +3,7 @@
 import base64
 import io
 from enum import Enum
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -14,7 +14,9 @@ from torch.nn import functional as F
 from lib_layerdiffuse.tensors import Rgb, Rgba
 
 PYRAMID_RATIO = 1.2  # from one level to the next; the released encoders were trained with it
-SMALLEST_ALPHA = 1e-8  # keeps the mean colour of an empty picture defined (black)
+SMALLEST_ALPHA = 1e-8  # keeps the colour of what is empty defined (black)
+
+Box: TypeAlias = tuple[int, int, int, int]  # left, upper, right and lower edge, in pixels
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # of images sent; others make Pillow start programs
 
@@ -23,19 +25,34 @@ CHECKER_SIZE = 16  # pixels; still visible as squares when 1024 px are shown as 
 
 
 def pad_colors(rgba: Rgba) -> Rgb:
-    """Colours spread into the transparent parts, so that no hidden colour shines through at the edges.
-
-    What is opaque stays as it is; the further into the transparent, the wider the area whose mean it takes.
-    """
+    """Colours spread into the transparent parts, so that no hidden colour shines through at the edges."""
     color, alpha = rgba.float().split([3, 1], dim=1)
-    levels = pyramid(torch.cat([color * alpha, alpha], dim=1))
-    smallest_color, smallest_alpha = levels[-1].sum(dim=(2, 3), keepdim=True).split([3, 1], dim=1)
-    padded = smallest_color / smallest_alpha.clamp(min=SMALLEST_ALPHA)
+    return spread(color * alpha, alpha).clamp(0, 1)
+
+
+def fill_masked(rgba: Rgba, mask: Tensor) -> Rgba:
+    """What surrounds the masked part, colour and alpha, spread into it. mask: [B, 1, H, W], 1 is masked."""
+    color, alpha = rgba.float().split([3, 1], dim=1)
+    known = 1 - mask
+    premultiplied, alpha = spread(torch.cat([color * alpha, alpha], dim=1) * known, known).split([3, 1], dim=1)
+    return torch.cat([premultiplied / alpha.clamp(min=SMALLEST_ALPHA), alpha], dim=1).clamp(0, 1)
+
+
+def spread(weighted: Tensor, weight: Tensor) -> Tensor:
+    """Values known to the degree of `weight`, and multiplied by it, spread to where it is less than 1.
+
+    What is known stays as it is; the further into the unknown, the wider the area whose mean it takes.
+    weighted: [B, C, H, W]; weight: [B, 1, H, W].
+    """
+    kinds = [weighted.shape[1], 1]
+    levels = pyramid(torch.cat([weighted, weight], dim=1))
+    smallest, smallest_weight = levels[-1].sum(dim=(2, 3), keepdim=True).split(kinds, dim=1)
+    filled = smallest / smallest_weight.clamp(min=SMALLEST_ALPHA)
     for level in reversed(levels):
-        premultiplied, alpha = level.split([3, 1], dim=1)
-        below = F.interpolate(padded, size=level.shape[2:], mode="bilinear", align_corners=False)
-        padded = premultiplied + below * (1 - alpha)
-    return padded.clamp(0, 1)
+        weighted, weight = level.split(kinds, dim=1)
+        below = F.interpolate(filled, size=level.shape[2:], mode="bilinear", align_corners=False)
+        filled = weighted + below * (1 - weight)
+    return filled
 
 
 def pyramid(picture: Tensor) -> list[Tensor]:
@@ -88,6 +105,19 @@ def flattened(image: Image.Image) -> Image.Image:
 def over(foreground: Image.Image, background: Image.Image) -> Image.Image:
     """The foreground composed over the background of the same size, every value rounded once."""
     return to_pil(compose(from_pil(foreground.convert("RGBA"))[None], over_grey(background))[0])
+
+
+def blended(before: Image.Image, after: Image.Image, mask: Image.Image) -> Image.Image:
+    """From one RGBA picture to another of the same size: the first where the mask (L) is 0, the second where it is 255.
+
+    Both bit for bit; in between, their premultiplied values are mixed, so that no hidden colour makes a fringe.
+    """
+    weight = from_pil(mask)[:1]
+    pixels = torch.stack([from_pil(before.convert("RGBA")), from_pil(after.convert("RGBA"))])
+    color, alpha = pixels.split([3, 1], dim=1)
+    mixed = torch.lerp(*torch.cat([color * alpha, alpha], dim=1), weight)  # type: ignore[call-overload]
+    mixed[:3] /= mixed[3:].clamp(min=SMALLEST_ALPHA)
+    return to_pil(torch.where(weight == 0, pixels[0], torch.where(weight == 1, pixels[1], mixed)))
 
 
 def to_pil(picture: Tensor) -> Image.Image:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lib_layerdiffuse.images import checkerboard, over, to_pil
+from lib_layerdiffuse.images import Box, ResizeMode, checkerboard, fit, over, to_pil
 from lib_layerdiffuse.methods import Layer
-from lib_layerdiffuse.tensors import Rgb, Rgba
+from lib_layerdiffuse.tensors import Rgb
 
 # Infotext key that marks a picture as ours, also when it comes back from a file.
 METHOD_KEY = "LayerDiffuse method"
@@ -78,19 +78,27 @@ def host_pixels(pixels: Rgb) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return (255.0 * np.moveaxis(pixels.cpu().numpy(), 0, 2)).astype(np.uint8)
 
 
-def transparent(decoded: Rgba, painted: Rgb, shown: Image.Image) -> Image.Image:
-    """The decoded picture [4, H, W], with the host's colour where somebody edited the picture after decoding.
+def transparent(decoded: Image.Image, expected: Image.Image, shown: Image.Image) -> Image.Image:
+    """The decoded picture (RGBA), with the host's colour where somebody edited the picture meanwhile.
 
-    painted: what the host showed at decoding [3, H, W]; shown: what it shows now, of any size and mode.
+    expected: what the host would show of it by itself (RGB); shown: what it shows, of any size and mode.
     """
-    rgba, rgb = to_pil(decoded), shown.convert("RGB")
-    if rgb.size != rgba.size:  # enlarged since: all its colour is new
-        rgb.putalpha(rgba.getchannel("A").resize(rgb.size, Image.Resampling.LANCZOS))
-        return rgb
-    pixels, colour = np.array(rgba), np.asarray(rgb)
-    edited = (colour != host_pixels(painted)).any(axis=2)
-    pixels[edited, :3] = colour[edited]
+    colour = shown.convert("RGB")
+    if colour.size != decoded.size:  # enlarged since: all its colour is new
+        colour.putalpha(decoded.getchannel("A").resize(colour.size, Image.Resampling.LANCZOS))
+        return colour
+    pixels, colours = np.array(decoded), np.asarray(colour)
+    edited = (colours != np.asarray(expected)).any(axis=2)
+    pixels[edited, :3] = colours[edited]
     return Image.fromarray(pixels)
+
+
+def placed(picture: Image.Image, region: Box, width: int, height: int) -> Image.Image:
+    """The picture (RGBA) in that region of an empty one, as hosts put back what they sampled enlarged."""
+    left, upper, right, lower = region
+    whole = Image.new("RGBA", (width, height))
+    whole.paste(fit(picture, ResizeMode.CROP_AND_RESIZE, right - left, lower - upper), (left, upper))
+    return whole
 
 
 def mark(image: Image.Image, picture: Picture | None = None, caption: str = "") -> Image.Image:

@@ -4,53 +4,67 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from PIL import Image
-from torch import Tensor
+from PIL import Image, ImageOps
+from torch import Tensor, nn
 
 from lib_layerdiffuse import outputs
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.hosts.base import BaseModel, Host
-from lib_layerdiffuse.images import fit, flattened, over_grey
+from lib_layerdiffuse.hosts.base import BaseModel, Host, check_mask, seen
+from lib_layerdiffuse.images import (
+    ResizeMode,
+    blended,
+    compose,
+    fill_masked,
+    fit,
+    flattened,
+    from_pil,
+    over_grey,
+    read_image,
+    to_pil,
+)
 from lib_layerdiffuse.injection import Injection, WeightPatch, load_injection
-from lib_layerdiffuse.methods import DECODERS, Family, Layer, Method, find_method
+from lib_layerdiffuse.methods import DECODERS, ENCODERS, Family, Layer, Method, find_method
 from lib_layerdiffuse.nets.decoder import TransparentDecoder
+from lib_layerdiffuse.nets.encoder import TransparentEncoder
 from lib_layerdiffuse.notes import notes, sampler_for
-from lib_layerdiffuse.outputs import EXTRAS, OPAQUE, RGBA, Picture, make_extras
+from lib_layerdiffuse.outputs import EXTRAS, OPAQUE, RGBA, Picture, host_pixels, make_extras
 from lib_layerdiffuse.request import Request
 from lib_layerdiffuse.tensors import Latent, Rgb, Rgba
-from lib_layerdiffuse.vae import TransparentVAE, is_out_of_memory
+from lib_layerdiffuse.vae import LATENT_STRIDE, TransparentVAE, is_out_of_memory
 from lib_layerdiffuse.weights import REPLACE, WeightLibrary, fingerprint, read_tensors
 
 log = logging.getLogger("layerdiffuse")
 
-# What the decoder keeps alive at its peak: about this many channels of the picture's size (a generous estimate, by
+# What the networks keep alive at their peak: about this many channels of the picture's size (generous estimates, by
 # which the host makes room beforehand).
 DECODE_CHANNELS = 600
+ENCODE_CHANNELS = 100
+
+Net = TypeVar("Net", TransparentDecoder, TransparentEncoder)
 
 SWITCH_OFF = "switch LayerDiffuse off"
 
 
 class Workshop:
-    """What outlives a job: the weights that the last job used, and a decoder for each family."""
+    """What outlives a job: the weights that the last job used, and a decoder and an encoder for each family."""
 
     def __init__(self, host: Host) -> None:
         self.host = host
         self._injections: dict[str, Injection] = {}
-        self._vaes: dict[str, TransparentVAE] = {}
+        self._nets: dict[str, nn.Module] = {}
 
     def open(self, p: Any, request: Request) -> Session:
         """Check and prepare everything that can fail before sampling. Raises LayerDiffuseError."""
         method = request.method
         self._check(p, method)
-        if init_images := self.host.init_images(p):
-            self.host.set_init_images(p, [opaque(image) for image in init_images])
+        inits = self._inits(p)
         self.host.flatten_upscaled(p, flattened)
         if request.chain is None:
             self._announce(p, request)
@@ -59,19 +73,31 @@ class Workshop:
         if request.method.frames > 1:
             self.host.fit_batch(p, request.method.frames)
         injection = self._injection(request.method) if request.injects else None
-        vae = self._vae(method.family) if request.method.makes_foreground else None
-        return Session(self.host, request, injection, vae)
+        vae = self._vae(method.family, bool(inits)) if request.method.makes_foreground else None
+        return Session(self.host, request, injection, vae, inits)
+
+    def _inits(self, p: Any) -> list[Image.Image]:
+        """The pictures that img2img starts from, as RGBA; the host gets what is opaque of them."""
+        inits = [read_image(image).convert("RGBA") for image in distinct(self.host.init_images(p))]
+        if not inits:
+            return []
+        mode = self.host.init_mode(p)
+        if mode is None:  # enlarged as latents
+            inits = [whole_cells(image) for image in inits]
+        elif not self.host.only_masked(p):
+            inits = [fit(image, mode, *self.host.size(p)) for image in inits]
+        self.host.set_init_images(p, [flattened(image) for image in inits])
+        return inits
 
     def _check(self, p: Any, method: Method) -> None:
         check_family(method, self.host.base_model(p))
-        if self.host.has_mask(p):
-            raise LayerDiffuseError(f"LayerDiffuse does not do inpainting yet. Remove the mask, or {SWITCH_OFF}.")
         if method.frames > 1 and self.host.upscales(p):
             raise LayerDiffuseError(
                 f"{method.label} makes {method.frames} pictures that belong together, but the upscale button has only "
                 f"one. Tick Hires. fix and generate all of them, or {SWITCH_OFF}."
             )
-        count = len(self.host.init_images(p))
+        check_mask(self.host, p)
+        count = len(distinct(self.host.init_images(p)))
         if method.frames > 1 and count > 1:
             raise LayerDiffuseError(
                 f"{method.label} makes {method.frames} pictures from one init image, but {count} came. "
@@ -85,7 +111,7 @@ class Workshop:
     def _announce(self, p: Any, request: Request) -> None:
         """Before a job, and before the first of a chain: have all the files, and say what is to be known."""
         for step in request.method.steps:
-            for file in files(find_method(step.key), request.injects):
+            for file in files(find_method(step.key), request.injects, bool(self.host.init_images(p))):
                 self._path(file)
         for note in notes(request, *self.host.size(p), self.host.sampler(p)):
             self.host.note(p, note)
@@ -104,12 +130,16 @@ class Workshop:
             self._injections[identity] = load_injection(method, path)
         return self._injections[identity]
 
-    def _vae(self, family: Family) -> TransparentVAE:
-        path = self._path(DECODERS[family])
+    def _vae(self, family: Family, encodes: bool) -> TransparentVAE:
+        decoder = self._net(TransparentDecoder, DECODERS[family])
+        return TransparentVAE(decoder, self._net(TransparentEncoder, ENCODERS[family]) if encodes else None)
+
+    def _net(self, kind: type[Net], file: str) -> nn.Module:
+        path = self._path(file)
         identity = fingerprint(path)
-        if identity not in self._vaes:
-            self._vaes[identity] = TransparentVAE(load_decoder(path))
-        return self._vaes[identity]
+        if identity not in self._nets:
+            self._nets[identity] = load(kind, path)
+        return self._nets[identity]
 
     def _path(self, file: str) -> Path:
         library = WeightLibrary(self.host.weight_folders())
@@ -123,12 +153,25 @@ class Workshop:
             return library.obtain(file, report)
 
 
-def files(method: Method, injects: bool) -> Iterator[str]:
-    """The weight files that the method reads."""
+def files(method: Method, injects: bool, encodes: bool) -> Iterator[str]:
+    """The weight files that the method reads. encodes: whether it starts from pictures."""
     if injects:
         yield method.weights
     if method.makes_foreground:
         yield DECODERS[method.family]
+        if encodes:
+            yield ENCODERS[method.family]
+
+
+def distinct(images: Sequence[Image.Image]) -> Sequence[Image.Image]:
+    """The images, or the one of them where all are the same: a folder's images come repeated to the batch."""
+    return images[:1] if len({id(image) for image in images}) == 1 else images
+
+
+def whole_cells(image: Image.Image) -> Image.Image:
+    """The image without the last pixels that do not fill a cell of its latent."""
+    width, height = (max(1, side // LATENT_STRIDE) * LATENT_STRIDE for side in image.size)
+    return image.crop((0, 0, width, height))
 
 
 def check_family(method: Method, model: BaseModel) -> None:
@@ -139,42 +182,44 @@ def check_family(method: Method, model: BaseModel) -> None:
         )
 
 
-def opaque(init_image: Image.Image) -> Image.Image:
-    """What img2img can start from; for a picture of ours, which Loopback feeds back, the opaque one beside it."""
-    if own := outputs.picture_of(init_image):
-        return own.opaque
-    if outputs.has_alpha(init_image):
-        raise LayerDiffuseError(
-            "LayerDiffuse does not do img2img from a picture with transparency yet. Use an opaque picture, or "
-            f"{SWITCH_OFF}."
-        )
-    return init_image
+WORDS: Mapping[type, str] = {TransparentDecoder: "transparent decoder", TransparentEncoder: "transparent encoder"}
 
 
-def load_decoder(path: Path) -> TransparentDecoder:
-    """Raises LayerDiffuseError, naming the file, where it is not whole or not a transparent decoder."""
+def load(net: type[Net], path: Path) -> Net:
+    """Raises LayerDiffuseError, naming the file, where it is not whole or not such a network."""
     tensors = read_tensors(path)
     try:
-        return TransparentDecoder.from_state_dict(tensors)
+        return net.from_state_dict(tensors)
     except LayerDiffuseError as error:
-        raise LayerDiffuseError(f"{path} is not a transparent decoder: {error}. {REPLACE}") from error
+        raise LayerDiffuseError(f"{path} is not a {WORDS[net]}: {error}. {REPLACE}") from error
 
 
 class Session:
     """One run of the host's processing: what was asked, what goes into the UNet, and the pictures that came out."""
 
-    def __init__(self, host: Host, request: Request, injection: Injection | None, vae: TransparentVAE | None) -> None:
+    def __init__(
+        self,
+        host: Host,
+        request: Request,
+        injection: Injection | None,
+        vae: TransparentVAE | None,
+        inits: Sequence[Image.Image] = (),
+    ) -> None:
         self.host = host
         self.request = request
         self.method = request.method
         self.injection = injection
         self.vae = vae  # where a picture of the method is decoded
+        self.inits = inits  # RGBA, one for all pictures of a batch or one for each
         self.passes = int(host.option("layerdiffuse_passes"))
         self.pictures: list[Picture] = []
         self.images: list[Image.Image] = []  # the same, as they are shown
         self._latent: Latent | None = None  # of the latest sampling, sampler space
         self._decoded: list[tuple[Rgba, Rgb] | None] = []  # of the current batch, with the pixels they come from
         self._conditions: dict[tuple[int, int, range], Tensor] = {}
+        self._mask: Image.Image | None = None  # as it is sampled
+        self._overlays: dict[int, Image.Image | None] = {}  # by the index in the batch
+        self._encoded: list[tuple[Latent, Latent]] = []  # of each of `inits`; see `_encode`
         log.info(
             "%s, weight %g, from %g to %g",
             self.method.label,
@@ -230,19 +275,46 @@ class Session:
         if any(texts):
             self.host.put_before_prompts(p, texts)
 
+    def before_inits(self, mask: Image.Image | None) -> None:
+        """When the host has worked out how it will sample. mask: the part of it that is sampled, at that size."""
+        self._mask = mask
+
     def before_sampling(self, p: Any) -> None:
         """For each sampling pass of the job, the last of which makes the latent that is decoded."""
+        if self.inits and self.vae:
+            self.host.start_from(p, self._start_latents(p))
 
-        def injected(width: int, height: int) -> AbstractContextManager[None]:
+        def injected(x: Latent, noise: Latent) -> AbstractContextManager[None]:
             check_family(self.method, self.host.base_model(p))  # the hires pass may have its own checkpoint
             if self.injection is None:
                 return nullcontext()
+            height, width = (LATENT_STRIDE * side for side in x.shape[2:])
             return self.host.inject(p, self.injection, self.request, self._condition(p, width, height))
 
-        def finished(latent: Latent) -> None:
-            self._latent = latent
+        self.host.around_sampling(p, "layerdiffuse", injected, self.sampled)
 
-        self.host.around_sampling(p, injected, finished)
+    def sampled(self, latent: Latent) -> None:
+        """What came out of the latest sampling, in sampler space; again, if it is changed since."""
+        self._latent = latent
+
+    def _start_latents(self, p: Any) -> Latent:
+        """What a batch of img2img starts from: transparency goes into the latents of the foregrounds only."""
+        if not self._encoded:
+            self._encoded = [self._encode(p, init) for init in self.inits]
+        rows = range(len(self.host.rows(p)))
+        latents = [self._encoded[row % len(self.inits)][self._layer(row) is Layer.FG] for row in rows]
+        return self.host.sampler_latent(p, torch.cat(latents))
+
+    def _encode(self, p: Any, init: Image.Image) -> tuple[Latent, Latent]:
+        """The latents of the picture over grey, and of the picture with its transparency, in VAE space."""
+        vae = self.vae
+        assert vae is not None and vae.encoder is not None, "a start without an encoder"
+        rgba = from_pil(seen(self.host, p, init))[None]
+        if self._mask and self.host.fills_mask(p):
+            rgba = fill_masked(rgba, from_pil(self._mask)[None, :1])
+        mean, deviation = self.host.posterior(p, compose(rgba, torch.tensor(0.5)))
+        offset = self._run(vae.encoder, ENCODE_CHANNELS, rgba, lambda: vae.encode(rgba))
+        return mean, mean + deviation * offset.to(mean)
 
     def _condition(self, p: Any, width: int, height: int) -> Tensor | None:
         """What the injection reads of the images given, for this batch; None where it reads none."""
@@ -254,7 +326,8 @@ class Session:
         if (width, height, rows) not in self._conditions:
             rgb = [torch.cat([self._pixels(images, row, width, height) for row in rows]) for images in given]
             if isinstance(self.injection.content, WeightPatch):
-                condition = torch.cat([self.host.encode(p, picture) for picture in rgb], dim=1)
+                means = torch.cat([self.host.posterior(p, picture)[0] for picture in rgb], dim=1)
+                condition = self.host.sampler_latent(p, means)
             else:
                 [condition] = rgb
             self._conditions[width, height, rows] = condition
@@ -280,32 +353,41 @@ class Session:
             log.info("decoded %d pictures in %.1f s", count, time.perf_counter() - start)
 
     def _decode(self, rgb: Rgb, latent: Latent) -> Rgba:
-        assert self.vae is not None, "a foreground without a decoder"
-        memory = DECODE_CHANNELS * rgb[0, 0].numel() * next(self.vae.decoder.parameters()).element_size()
+        vae = self.vae
+        assert vae is not None, "a foreground without a decoder"
         with self.host.progress() as report:
 
             def on_pass(done: int, total: int) -> bool:
                 report(f"LayerDiffuse: decoding, pass {done} of {total}", done / total)
                 return not self.host.interrupted()
 
-            for device in self.host.places(self.vae.decoder, memory):
-                try:
-                    self.vae.decoder.to(device)  # all of it: short of memory, hosts leave layers behind
-                    return self.vae.decode(rgb, latent, self.passes, on_pass)
-                except RuntimeError as error:
-                    if not is_out_of_memory(error):
-                        raise
-        height, width = rgb.shape[-2:]
-        raise LayerDiffuseError(f"Not enough memory to decode a picture of {width}x{height}. Choose a smaller size.")
+            return self._run(vae.decoder, DECODE_CHANNELS, rgb, lambda: vae.decode(rgb, latent, self.passes, on_pass))
 
-    def finish_picture(self, index: int, shown: Image.Image) -> Image.Image:
+    def _run(self, net: nn.Module, channels: int, picture: Tensor, work: Callable[[], Tensor]) -> Tensor:
+        """Work that needs `net` and, for a picture, the memory of so many channels, on whatever device has room."""
+        height, width = picture.shape[-2:]
+        memory = channels * height * width * next(net.parameters()).element_size()
+        for device in self.host.places(net, memory):
+            try:
+                net.to(device)  # all of it: short of memory, hosts leave layers behind
+                return work()
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+        raise LayerDiffuseError(f"Not enough memory for a picture of {width}x{height}. Choose a smaller size.")
+
+    def before_overlay(self, index: int, overlay: Image.Image | None) -> None:
+        """What the host is about to put over the picture at `index` of the batch: the original that is not masked."""
+        self._overlays[index] = overlay
+
+    def finish_picture(self, p: Any, index: int, shown: Image.Image) -> Image.Image:
         """What the picture at `index` of the batch becomes: an RGBA, where it is a foreground.
 
         shown: the host's picture, perhaps edited by others.
         """
         image, sources = shown, {}
         if decoded := self._decoded[index]:
-            image = outputs.transparent(*decoded, shown)
+            image = self._transparent(p, index, *decoded, shown)
             sources = {RGBA: image, OPAQUE: shown}
         self.images.append(image)
         if len(self.images) % self.method.frames == 0:
@@ -315,6 +397,20 @@ class Session:
         picture = Picture(shown, make_extras(sources, self.host.option("layerdiffuse_extras")), name)
         self.pictures.append(picture)
         return outputs.mark(image, picture, caption=layer.word if self.request.several else "")
+
+    def _transparent(self, p: Any, index: int, decoded: Rgba, painted: Rgb, shown: Image.Image) -> Image.Image:
+        """The decoded picture with the edits of others, and with the original where that was not masked."""
+        overlay = self._overlays.get(index)
+        expected = self.host.overlaid(p, Image.fromarray(host_pixels(painted)), overlay)
+        picture = to_pil(decoded)
+        region = self.host.region(p)
+        if overlay and region:
+            picture = outputs.placed(picture, region, *overlay.size)
+        image = outputs.transparent(picture, expected, shown)
+        if overlay is None or image.size != overlay.size:
+            return image
+        original = fit(self.inits[index % len(self.inits)], ResizeMode.JUST_RESIZE, *image.size)
+        return blended(original, image, ImageOps.invert(overlay.getchannel("A")))
 
     def _together(self, width: int, height: int) -> dict[str, Image.Image]:
         """The images that belong to the picture just finished, given and made."""

@@ -11,14 +11,17 @@ import gradio as gr
 from modules import shared
 from modules.ui_components import InputAccordion
 
+from lib_layerdiffuse import differential
+from lib_layerdiffuse.differential import SOURCES
 from lib_layerdiffuse.images import ResizeMode
-from lib_layerdiffuse.methods import DEFAULT_METHOD, METHODS, Layer, Method, find_method
+from lib_layerdiffuse.methods import METHODS, Layer, Method, find_method
 from lib_layerdiffuse.outputs import EXTRAS
 from lib_layerdiffuse.request import Controls
 from lib_layerdiffuse.vae import PASSES
 
 TITLE = "LayerDiffuse"
 DEFAULTS = Controls()
+CHANGES = differential.Controls()
 
 image_box = partial(gr.Image, type="numpy", image_mode="RGBA")
 prompt_box = partial(gr.Textbox, lines=1, placeholder="put before the prompt, for this layer")
@@ -52,26 +55,45 @@ ROWS = (
 
 
 def panel(tab: str) -> list[Any]:
-    """The components in the order of Controls; the accordion itself is the tick. tab: txt2img or img2img.
-
-    Boxes that the chosen method has no use for are hidden; what is left in them is not used.
-    """
+    """The components in the order of Controls; the accordion itself is the tick. tab: txt2img or img2img."""
     with InputAccordion(DEFAULTS.enabled, label=TITLE, elem_id=f"layerdiffuse-{tab}") as enabled:
         parts = {"enabled": enabled}
         for row in ROWS:
             with gr.Row():
                 parts |= {name: PARTS[name]() for name in row}
-        boxes = visible(DEFAULT_METHOD)
-        for name, shown in boxes.items():
-            parts[name].visible = shown
-        parts["method"].change(
-            lambda label: [gr.update(visible=shown) for shown in visible(find_method(label)).values()],
-            inputs=[parts["method"]],
-            outputs=[parts[name] for name in boxes],
-            show_progress=False,
-            queue=False,
-        )
+        show_what_is_used(parts, "method", lambda label: visible(find_method(label)))
     return [parts[field.name] for field in fields(Controls)]
+
+
+CHANGE_PARTS: Mapping[str, Callable[[], Any]] = {
+    "source": lambda: gr.Dropdown(list(SOURCES), value=CHANGES.source, label="Change map"),
+    "map_image": lambda: image_box(label="Map: white changes, black stays (the paper has it the other way round)"),
+    "softness": lambda: gr.Slider(0, 256, value=CHANGES.softness, step=1, label="Softness (pixels)"),
+    "columns": lambda: gr.Slider(2, 16, value=CHANGES.columns, step=1, label="Columns"),
+}
+
+
+def change_panel() -> list[Any]:
+    """Differential Diffusion's components, in the order of its controls."""
+    with InputAccordion(False, label=differential.TITLE, elem_id="differential-img2img") as enabled:
+        gr.Markdown("A denoising strength for every pixel: white is the strength set above, black stays as it is.")
+        parts = {"enabled": enabled} | {name: make() for name, make in CHANGE_PARTS.items()}
+        show_what_is_used(parts, "source", differential.uses)
+    return [parts[field.name] for field in fields(differential.Controls)]
+
+
+def show_what_is_used(parts: Mapping[str, Any], chooser: str, used: Callable[[str], Mapping[str, bool]]) -> None:
+    """Hide the parts that the choice has no use for; what is left in them is not used."""
+    boxes = used(parts[chooser].value)
+    for name, shown in boxes.items():
+        parts[name].visible = shown
+    parts[chooser].change(
+        lambda choice: [gr.update(visible=shown) for shown in used(choice).values()],
+        inputs=[parts[chooser]],
+        outputs=[parts[name] for name in boxes],
+        show_progress=False,
+        queue=False,
+    )
 
 
 def visible(method: Method) -> dict[str, bool]:

@@ -6,9 +6,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from modules import script_callbacks, scripts
 
-from lib_layerdiffuse import hosts, outputs, ui
+from lib_layerdiffuse import differential, hosts, outputs, ui
+from lib_layerdiffuse.differential import Change
+from lib_layerdiffuse.differential_session import ChangeSession
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.request import Request
 from lib_layerdiffuse.session import Session, Workshop
@@ -40,6 +43,42 @@ def session_of(p: Any) -> Session | None:
     return getattr(p, "layerdiffuse", None)
 
 
+def by_detailer(p: Any) -> bool:
+    """ADetailer repaints parts of a picture in jobs of its own; what we do to them, we do to the whole afterwards."""
+    return getattr(p, "_ad_inner", False)
+
+
+class DifferentialDiffusion(scripts.Script):
+    """Before LayerDiffuse in this file, and so at each hook: it takes maps from init images that still have alpha."""
+
+    def title(self) -> str:
+        return differential.TITLE
+
+    def show(self, is_img2img: bool) -> Any:
+        return scripts.AlwaysVisible if is_img2img and not unsupported else False
+
+    def ui(self, is_img2img: bool) -> list[Any]:
+        return ui.change_panel()
+
+    def process(self, p: Any, *args: Any) -> None:
+        p.differential = None
+        with ending_job(p):
+            change = None if by_detailer(p) else Change.parse(args)
+            if change:
+                p.differential = ChangeSession(host, p, change)
+                p.extra_generation_params.update(change.infotext)
+
+    def process_before_every_sampling(self, p: Any, *args: Any, **kwargs: Any) -> None:
+        if session := getattr(p, "differential", None):
+            with ending_job(p):
+                session.before_sampling(p)
+
+    def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
+        if session := getattr(p, "differential", None):
+            with ending_job(p, processed):
+                session.finish(p, processed)
+
+
 class LayerDiffuse(scripts.Script):
     def title(self) -> str:
         return ui.TITLE
@@ -53,13 +92,17 @@ class LayerDiffuse(scripts.Script):
 
     def process(self, p: Any, *args: Any) -> None:
         p.layerdiffuse = None  # scripts such as X/Y/Z plot run a copy of a `p` that has run before
-        if unsupported:
+        if unsupported or by_detailer(p):
             return
         with ending_job(p):
             request = getattr(p, "layerdiffuse_request", None) or Request.parse(args)
             if request:
                 p.layerdiffuse = workshop.open(p, request)
                 p.extra_generation_params.update(p.layerdiffuse.infotext)
+
+    def before_process_init_images(self, p: Any, pp: Any, *args: Any, **kwargs: Any) -> None:
+        if session := session_of(p):
+            session.before_inits(pp["image_mask"])
 
     def before_process_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
         if session := session_of(p):
@@ -75,15 +118,23 @@ class LayerDiffuse(scripts.Script):
             with ending_job(p):
                 session.before_sampling(p)
 
+    def post_sample(self, p: Any, ps: Any, *args: Any) -> None:
+        if (session := session_of(p)) and torch.is_tensor(ps.samples):  # blended with the original by now
+            session.sampled(ps.samples)
+
     def postprocess_batch_list(self, p: Any, pp: Any, *args: Any, **kwargs: Any) -> None:
         if session := session_of(p):
             with ending_job(p):
                 session.decode_batch(p, pp.images)
 
+    def postprocess_maskoverlay(self, p: Any, ppmo: Any, *args: Any) -> None:
+        if session := session_of(p):
+            session.before_overlay(p.batch_index, ppmo.overlay_image)
+
     def postprocess_image_after_composite(self, p: Any, pp: Any, *args: Any) -> None:
         if session := session_of(p):
             with ending_job(p):
-                pp.image = session.finish_picture(p.batch_index, pp.image)
+                pp.image = session.finish_picture(p, p.batch_index, pp.image)
 
     def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
         if session := session_of(p):

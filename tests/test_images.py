@@ -14,8 +14,10 @@ from PIL import Image
 
 from lib_layerdiffuse.images import (
     ResizeMode,
+    blended,
     checkerboard,
     compose,
+    fill_masked,
     fit,
     flattened,
     from_pil,
@@ -24,6 +26,7 @@ from lib_layerdiffuse.images import (
     pad_colors,
     read_image,
     shrink,
+    spread,
     to_pil,
 )
 
@@ -95,6 +98,96 @@ def test_pad_colors_takes_each_picture_of_a_batch_by_itself():
 
 def test_pad_colors_of_nothing_is_black():
     assert not pad_colors(torch.cat([torch.rand(1, 3, 9, 9), torch.zeros(1, 1, 9, 9)], dim=1)).any()
+
+
+@settings(max_examples=50, deadline=None)
+@given(sides, sides, st.integers(1, 5), seeds)
+def test_spread_keeps_what_is_known_and_stays_within_its_range(height, width, channels, seed):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.rand(1, channels, height, width, generator=generator) * 4 - 2
+    known = (torch.rand(1, 1, height, width, generator=generator) < 0.3).float()
+    known[..., 0, 0] = 1
+    everywhere = spread(values * known, known)
+    seen = known.expand_as(values) == 1
+    assert torch.equal(everywhere[seen], values[seen])
+    for index in range(channels):
+        channel, of_known = everywhere[:, index], values[:, index][known[:, 0] == 1]
+        assert of_known.min() - 1e-4 <= channel.min() <= channel.max() <= of_known.max() + 1e-4
+
+
+def test_spread_takes_more_of_what_is_near():
+    known = torch.ones(1, 1, 20, 60)
+    known[..., 10:50] = 0
+    values = torch.full((1, 1, 20, 60), 0.2)
+    values[..., 30:] = 0.8
+    middle = spread(values * known, known)[0, 0, 10]
+    assert middle[10] < 0.35 and middle[49] > 0.65
+    assert middle[15] < middle[30] < middle[44]
+
+
+def test_spread_of_nothing_is_nothing():
+    assert not spread(torch.zeros(1, 4, 9, 9), torch.zeros(1, 1, 9, 9)).any()
+
+
+def box_mask(height, width, top, left, bottom, right):
+    mask = torch.zeros(1, 1, height, width)
+    mask[..., top:bottom, left:right] = 1
+    return mask
+
+
+@settings(max_examples=50, deadline=None)
+@given(sides, sides, *[st.floats(0, 1)] * 4, seeds)
+def test_fill_masked_keeps_the_rest_and_sees_neither_what_is_masked_nor_hidden_colours(
+    height, width, top, left, bottom, right, seed
+):
+    rgba = random_rgba(height, width, seed)
+    edges = (int(top * height), int(left * width), int(bottom * height) + 1, int(right * width) + 1)
+    mask = box_mask(height, width, *edges)
+    filled = fill_masked(rgba, mask)
+    assert filled.shape == rgba.shape
+    assert 0 <= filled.min() <= filled.max() <= 1
+
+    kept = mask == 0
+    assert torch.equal(filled[:, 3:][kept], rgba[:, 3:][kept])
+    visible = (kept & (rgba[:, 3:] > 0)).expand(-1, 3, -1, -1)
+    torch.testing.assert_close(filled[:, :3][visible], rgba[:, :3][visible], rtol=0, atol=1e-5)
+
+    other = torch.where(mask == 1, 1 - rgba, rgba)
+    other[:, :3] = torch.where(rgba[:, 3:] == 0, 1 - other[:, :3], other[:, :3])
+    assert torch.equal(fill_masked(other, mask), filled)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 0.02])
+def test_fill_masked_gives_the_colour_and_alpha_around(alpha):
+    around = torch.tensor([0.8, 0.1, 0.3, alpha])[None, :, None, None].expand(1, 4, 40, 50)
+    mask = box_mask(40, 50, 12, 9, 30, 28)
+    picture = torch.where(mask == 1, torch.tensor([0.0, 1.0, 0.0, 1.0])[None, :, None, None], around)
+    torch.testing.assert_close(fill_masked(picture, mask), around, rtol=0, atol=1e-4)
+
+
+def test_fill_masked_goes_from_the_subject_to_nothing_without_a_hidden_colour():
+    """Opaque red to the left of the mask, transparent green to the right."""
+    picture = torch.zeros(1, 4, 30, 60)
+    picture[:, 1] = 1
+    picture[..., :20] = torch.tensor([1.0, 0, 0, 1])[None, :, None, None]
+    filled = fill_masked(picture, box_mask(30, 60, 0, 20, 30, 40))
+    color, alpha = filled.split([3, 1], dim=1)
+    seen = (alpha > 1e-3).expand_as(color)
+    red = torch.tensor([1.0, 0, 0])[None, :, None, None].expand_as(color)
+    torch.testing.assert_close(color[seen], red[seen], rtol=0, atol=1e-3)
+    across = alpha[0, 0, 15, 20:40]
+    assert across[0] > 0.75 > 0.25 > across[-1] > 0
+    assert (across.diff() <= 1e-4).all()
+
+
+def test_fill_masked_by_a_soft_mask_is_the_picture_to_the_degree_that_it_is_known():
+    around = torch.tensor([0.8, 0.1, 0.3, 0.5])[None, :, None, None].expand(1, 4, 24, 24)
+    soft = torch.linspace(0, 1, 24).expand(1, 1, 24, 24)
+    torch.testing.assert_close(fill_masked(around, soft), around, rtol=0, atol=1e-4)
+
+
+def test_fill_masked_of_all_is_nothing():
+    assert not fill_masked(random_rgba(9, 9), torch.ones(1, 1, 9, 9)).any()
 
 
 @settings(max_examples=50, deadline=None)
@@ -207,6 +300,45 @@ def test_over_is_the_exact_formula_rounded_once(mode):
 def test_an_opaque_foreground_covers_what_it_is_over():
     foreground = Image.new("RGB", (3, 2), (1, 2, 3))
     assert over(foreground, Image.new("RGB", (3, 2), (200, 200, 200))) == foreground
+
+
+def with_every_weight() -> tuple[np.ndarray, np.ndarray, Image.Image]:
+    """Two pictures of any values, hidden ones too, and a mask of which each row is of another value."""
+    generator = np.random.default_rng(0)
+    before, after = generator.integers(0, 256, (2, 256, 64, 4), np.uint8)
+    before[:, :16, 3] = 0
+    after[:, 8:24, 3] = 0
+    return before, after, Image.fromarray(np.arange(256, dtype=np.uint8)[:, None].repeat(64, axis=1))
+
+
+def test_blended_is_one_or_the_other_picture_where_the_mask_says_so():
+    before, after, mask = with_every_weight()
+    mixed = np.array(blended(Image.fromarray(before), Image.fromarray(after), mask))
+    assert np.array_equal(mixed[0], before[0])
+    assert np.array_equal(mixed[255], after[255])
+
+
+def test_blended_is_the_premultiplied_formula():
+    before, after, mask = with_every_weight()
+    mixed = np.array(blended(Image.fromarray(before), Image.fromarray(after), mask))[1:255].astype(float)
+    weight = np.arange(1, 255)[:, None] / 255
+    parts = [picture[1:255, :, 3] / 255 * part for picture, part in ((before, 1 - weight), (after, weight))]
+    alpha = sum(parts)
+    color = before[1:255, :, :3] * parts[0][..., None] + after[1:255, :, :3] * parts[1][..., None]
+    seen = alpha > 0
+    np.testing.assert_allclose(mixed[..., 3], alpha * 255, rtol=0, atol=0.501)
+    np.testing.assert_allclose(mixed[seen, :3], color[seen] / alpha[seen, None], rtol=0, atol=0.501)
+    assert not mixed[~seen].any()
+
+
+def test_blended_never_shows_a_hidden_colour():
+    _, _, mask = with_every_weight()
+    red, green = Image.new("RGBA", mask.size, (255, 0, 0, 255)), Image.new("RGBA", mask.size, (0, 255, 0, 0))
+    weights = np.array(mask)
+    for mixed, alphas in ((blended(red, green, mask), 255 - weights), (blended(green, red, mask), weights)):
+        pixels = np.array(mixed)
+        assert np.array_equal(pixels[..., 3], alphas)
+        assert (pixels[alphas > 0, :3] == (255, 0, 0)).all()
 
 
 MODES = list(ResizeMode)

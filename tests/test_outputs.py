@@ -12,38 +12,72 @@ def solid(mode: str, colour, size=(6, 4)) -> Image.Image:
     return Image.new(mode, size, colour)
 
 
+def random_image(mode: str, seed: int, size=(6, 4)) -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], len(mode)), np.uint8)
+    return Image.fromarray(values)
+
+
 @pytest.fixture
-def painted():
-    return torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(0))
+def expected():
+    return random_image("RGB", 0)
 
 
 @pytest.fixture
 def decoded():
-    return torch.rand(4, 4, 6, generator=torch.Generator().manual_seed(1))
+    return random_image("RGBA", 1)
 
 
-def test_untouched_picture_is_the_decoder_s(painted, decoded):
-    rgba = outputs.transparent(decoded, painted, Image.fromarray(outputs.host_pixels(painted)))
-    expected = (decoded.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_untouched_picture_is_the_decoder_s(decoded, expected, mode):
+    rgba = outputs.transparent(decoded, expected, expected.convert(mode))
     assert rgba.mode == "RGBA"
-    np.testing.assert_array_equal(np.asarray(rgba), expected)
+    assert rgba.tobytes() == decoded.tobytes()
 
 
-def test_edited_pixels_keep_their_edit_and_the_decoder_s_alpha(painted, decoded):
-    shown = Image.fromarray(outputs.host_pixels(painted))
+def test_edited_pixels_keep_their_edit_and_the_decoder_s_alpha(decoded, expected):
+    shown = expected.copy()
     shown.putpixel((2, 3), (9, 8, 7))
-    rgba = np.asarray(outputs.transparent(decoded, painted, shown))
-    expected = (decoded.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-    expected[3, 2, :3] = 9, 8, 7
-    np.testing.assert_array_equal(rgba, expected)
+    rgba = outputs.transparent(decoded, expected, shown)
+    pixels = np.array(decoded)
+    pixels[3, 2, :3] = 9, 8, 7
+    np.testing.assert_array_equal(np.asarray(rgba), pixels)
 
 
-def test_enlarged_picture_keeps_its_colour_and_gets_alpha_of_its_size(painted, decoded):
+def test_enlarged_picture_keeps_its_colour_and_gets_alpha_of_its_size(decoded, expected):
     shown = solid("RGB", (10, 20, 30), (12, 8))
-    rgba = outputs.transparent(decoded, painted, shown)
+    rgba = outputs.transparent(decoded, expected, shown)
     assert (rgba.mode, rgba.size) == ("RGBA", (12, 8))
     assert rgba.convert("RGB").tobytes() == shown.tobytes()
     assert len(set(rgba.getchannel("A").tobytes())) > 4
+
+
+def test_pixels_are_cut_off_to_8_bits_as_the_host_does_it():
+    pixels = torch.tensor([0, 0.999 / 255, 1.001 / 255, 254.999 / 255, 1]).expand(3, 1, 5)
+    assert outputs.host_pixels(pixels)[0, :, 0].tolist() == [0, 0, 1, 254, 255]
+
+
+def test_placed_is_the_picture_in_its_region_and_nothing_around(decoded):
+    whole = np.array(outputs.placed(decoded, (3, 2, 9, 6), 12, 7))
+    expected = np.zeros((7, 12, 4), np.uint8)
+    expected[2:6, 3:9] = np.array(decoded)
+    np.testing.assert_array_equal(whole, expected)
+
+
+def test_placed_makes_the_picture_small_without_its_hidden_colours():
+    picture = solid("RGBA", (0, 255, 0, 0), (64, 64))
+    picture.paste((255, 0, 0, 255), (0, 0, 30, 64))
+    small = np.array(outputs.placed(picture, (4, 4, 20, 20), 24, 24))
+    assert (small[4:20, 4:8] == (255, 0, 0, 255)).all()
+    assert (small[small[..., 3] > 0, :3] == (255, 0, 0)).all()
+    small[4:20, 4:20] = 0
+    assert not small.any()
+
+
+def test_placed_takes_the_middle_where_the_region_has_another_shape():
+    picture = solid("RGBA", (200, 0, 0, 255), (16, 32))
+    picture.paste((0, 0, 255, 77), (0, 8, 16, 24))
+    whole = outputs.placed(picture, (1, 1, 17, 17), 18, 18)
+    assert whole.crop((1, 1, 17, 17)).getcolors() == [(256, (0, 0, 255, 77))]
 
 
 SOURCES = {

@@ -1,21 +1,26 @@
 """A job from request to pictures, in a host reduced to what `hosts.base.Host` promises."""
 
+import io
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from reference import ReferenceDecoder, random_state_dict, reference_encoder
+from safetensors.torch import save_file
 from torch import nn
 
 from lib_layerdiffuse import outputs
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.hosts.base import BaseModel
-from lib_layerdiffuse.images import over, over_grey
+from lib_layerdiffuse.images import ResizeMode, fit, over, over_grey, pad_colors, to_pil
 from lib_layerdiffuse.injection import WeightPatch
-from lib_layerdiffuse.methods import Family, Layer, find_method
+from lib_layerdiffuse.methods import DECODERS, ENCODERS, Family, Layer, find_method
+from lib_layerdiffuse.nets.encoder import TransparentEncoder
 from lib_layerdiffuse.request import Request
-from lib_layerdiffuse.session import Session, check_family, opaque
+from lib_layerdiffuse.session import Session, Workshop, check_family
 from lib_layerdiffuse.vae import TransparentVAE
 
 METHOD = find_method("sd15_transparent_attn")
@@ -42,7 +47,8 @@ class SmallHost:
     def __init__(self, options=(), family=Family.SD15):
         self.options = {"layerdiffuse_passes": 8, "layerdiffuse_extras": ["opaque"]} | dict(options)
         self.family = family
-        self.reports, self.injected, self.notes, self.runs = [], [], [], []
+        self.reports, self.injected, self.notes, self.runs, self.starts = [], [], [], [], []
+        self.folder = None
         self.interrupted_after = None
         self.encoded = 0
 
@@ -63,15 +69,71 @@ class SmallHost:
         self.injected.append((injection, request, condition))
         return nullcontext()
 
-    def around_sampling(self, p, injected, finished):
+    def around_sampling(self, p, owner, around, finished):
         latent = p.sample()
-        height, width = (8 * side for side in latent.shape[2:])
-        with injected(width, height):
+        with around(latent, latent):
             finished(latent)
 
-    def encode(self, p, rgb):
+    def posterior(self, p, rgb):
         self.encoded += 1
-        return nn.functional.interpolate(rgb, scale_factor=1 / 8, mode="area")
+        mean = nn.functional.interpolate(rgb, scale_factor=1 / 8, mode="area")
+        return mean, (1 + mean) / 100
+
+    def sampler_latent(self, p, vae_latent):
+        return vae_latent * 2
+
+    def init_images(self, p):
+        return p.init_images
+
+    def set_init_images(self, p, init_images):
+        p.init_images = init_images
+
+    def init_mode(self, p):
+        return p.mode
+
+    def size(self, p):
+        return p.size
+
+    def start_from(self, p, latents):
+        self.starts.append(latents)
+
+    def fills_mask(self, p):
+        return p.fills
+
+    def mask(self, p):
+        return getattr(p, "mask", None)
+
+    def only_masked(self, p):
+        return p.region is not None
+
+    def region(self, p):
+        return p.region
+
+    def overlaid(self, p, picture, overlay):
+        if overlay is None:
+            return picture
+        left, upper, right, lower = p.region or (0, 0, *overlay.size)
+        whole = Image.new("RGBA", overlay.size)
+        whole.paste(picture.resize((right - left, lower - upper)), (left, upper))
+        return Image.alpha_composite(whole, overlay).convert("RGB")
+
+    def flatten_upscaled(self, p, flatten):
+        pass
+
+    def fit_batch(self, p, frames):
+        p.frames = frames
+
+    def weight_folders(self):
+        return [self.folder]
+
+    def note(self, p, text):
+        self.notes.append(text)
+
+    def refiner(self, p):
+        return None
+
+    def expect(self, p, times):
+        p.times = times
 
     def rows(self, p):
         return p.rows
@@ -109,8 +171,18 @@ def request(**changes):
     return Request.parse([{"method": METHOD.label} | changes])
 
 
-def job(latents):
-    return SimpleNamespace(sample=iter(latents).__next__)
+def job(latents=(), rows=range(1), inits=(), **changes):
+    p = SimpleNamespace(
+        sample=iter(latents).__next__,
+        rows=rows,
+        init_images=list(inits),
+        mode=ResizeMode.JUST_RESIZE,
+        size=(16, 16),
+        fills=False,
+        region=None,
+    )
+    vars(p).update(changes)
+    return p
 
 
 def pixels(count, size=16):
@@ -136,7 +208,7 @@ def test_every_batch_decodes_its_own_latents_in_vae_space():
     for batch in (pixels(2), pixels(2)):
         work.before_sampling(p)
         work.decode_batch(p, batch)
-        alphas += [work.finish_picture(i, shown(pixel)).getpixel((3, 3))[3] for i, pixel in enumerate(batch)]
+        alphas += [work.finish_picture(p, i, shown(pixel)).getpixel((3, 3))[3] for i, pixel in enumerate(batch)]
     assert alphas == [51, 51, 102, 102]  # half of the sampler's latent, in 8 bits
     assert len(work.pictures) == 4
 
@@ -149,7 +221,7 @@ def test_last_sampling_pass_counts():
     work.before_sampling(p)
     [pixel] = pixels(1, 24)
     work.decode_batch(p, [pixel])
-    assert work.finish_picture(0, shown(pixel)).size == (24, 24)
+    assert work.finish_picture(p, 0, shown(pixel)).size == (24, 24)
 
 
 def test_injection_is_open_while_sampling():
@@ -181,7 +253,7 @@ def test_interrupt_ends_decoding_after_the_pass_under_way():
     work.before_sampling(p)
     work.decode_batch(p, pixels(1))
     assert len(host.reports) == 3
-    assert work.finish_picture(0, shown(pixels(1)[0])).mode == "RGBA"
+    assert work.finish_picture(p, 0, shown(pixels(1)[0])).mode == "RGBA"
 
 
 @pytest.mark.parametrize(("failures", "succeeds"), [(1, True), (2, False)])
@@ -191,9 +263,9 @@ def test_out_of_memory_moves_on_to_a_roomier_place(failures, succeeds):
     work.before_sampling(p)
     if succeeds:
         work.decode_batch(p, pixels(1))
-        assert work.finish_picture(0, shown(pixels(1)[0])).mode == "RGBA"
+        assert work.finish_picture(p, 0, shown(pixels(1)[0])).mode == "RGBA"
     else:
-        with pytest.raises(LayerDiffuseError, match="Not enough memory to decode a picture of 16x16"):
+        with pytest.raises(LayerDiffuseError, match="Not enough memory for a picture of 16x16"):
             work.decode_batch(p, pixels(1))
 
 
@@ -212,7 +284,7 @@ def test_extras_follow_by_kind_and_all_images_are_marked():
     batch = pixels(2)
     work.before_sampling(p)
     work.decode_batch(p, batch)
-    made = [work.finish_picture(i, shown(pixel)) for i, pixel in enumerate(batch)]
+    made = [work.finish_picture(p, i, shown(pixel)) for i, pixel in enumerate(batch)]
     processed = SimpleNamespace(images=[*made, Image.new("RGB", (4, 4))], extra_images=[])
     work.finish(p, processed)
     assert [image.mode for image in processed.extra_images] == ["RGB", "RGB", "L", "L"]
@@ -224,21 +296,6 @@ def test_extras_follow_by_kind_and_all_images_are_marked():
 def test_checkpoints_without_weights_are_named(kind):
     with pytest.raises(LayerDiffuseError, match=rf"dreamy is {kind}\. Choose another checkpoint"):
         check_family(METHOD, BaseModel("dreamy", kind, None))
-
-
-def test_opaque_init_images_are_taken_as_they_are():
-    for image in (Image.new("RGB", (4, 4)), Image.new("RGBA", (4, 4), (0, 0, 0, 255))):
-        assert opaque(image) is image
-
-
-def test_own_picture_starts_from_the_opaque_one_beside_it():
-    rgba, painted = Image.new("RGBA", (4, 4)), Image.new("RGB", (4, 4))
-    assert opaque(outputs.mark(rgba, outputs.Picture(painted, {}))) is painted
-
-
-def test_transparent_init_image_is_refused():
-    with pytest.raises(LayerDiffuseError, match="transparency"):
-        opaque(Image.new("RGBA", (4, 4)))
 
 
 # --- layers -----------------------------------------------------------------------------------------------------
@@ -260,14 +317,13 @@ def layers(host, key, injection=INJECTION, **changes):
 
 def sample(work, batches=1, rows=range(1)):
     """Run it through the host's hooks; the images shown."""
-    p = job([torch.full((len(rows), 4, 2, 2), 0.8)] * batches)
-    p.rows = rows
+    p = job([torch.full((len(rows), 4, 2, 2), 0.8)] * batches, rows)
     made = []
     for _ in range(batches):
         batch = pixels(len(rows))
         work.before_sampling(p)
         work.decode_batch(p, batch)
-        made += [work.finish_picture(i, shown(pixel)) for i, pixel in enumerate(batch)]
+        made += [work.finish_picture(p, i, shown(pixel)) for i, pixel in enumerate(batch)]
     return p, made
 
 
@@ -313,7 +369,7 @@ def test_condition_latents_stand_in_the_order_of_the_method_s_inputs():
     sample(layers(host, "xl_fgble2bg"))
     [(_, _, condition)] = host.injected
     expected = torch.cat([nn.functional.interpolate(over_grey(image), (2, 2)) for image in (RED_GLASS, GREEN)], dim=1)
-    torch.testing.assert_close(condition, expected)
+    torch.testing.assert_close(condition, 2 * expected)  # in sampler space
 
 
 def test_attention_sharing_gets_the_picture_itself():
@@ -343,8 +399,8 @@ def test_each_picture_of_a_batch_can_have_its_own_condition():
     sample(work, rows=range(2, 4))
     [(_, _, condition)] = host.injected
     assert condition.shape == (2, 6, 2, 2)
-    torch.testing.assert_close(condition[:, 2, 0, 0], torch.tensor([200 / 255, 200 / 255]))  # the background's blue
-    torch.testing.assert_close(condition[:, 3, 0, 0], torch.tensor([0.4, 1.0]))
+    torch.testing.assert_close(condition[:, 2, 0, 0], torch.tensor([400 / 255, 400 / 255]))  # the background's blue
+    torch.testing.assert_close(condition[:, 3, 0, 0], torch.tensor([0.8, 2.0]))
 
 
 def test_prompts_go_to_the_frames_they_are_for():
@@ -405,3 +461,381 @@ def test_a_later_step_does_not_run_the_chain_again():
     work.finish(p, SimpleNamespace(images=made, extra_images=[]))
     assert host.runs == []
     assert work.pictures[0].name == "blend"
+
+
+# --- img2img ----------------------------------------------------------------------------------------------------
+
+REFERENCE = reference_encoder((4, 8, 8, 8, 8, 8, 8, 8, 8, 3))
+ENCODER = random_state_dict(REFERENCE, prefix="blocks.")
+
+
+def encoder():
+    return TransparentEncoder.from_state_dict(ENCODER)
+
+
+def random_image(seed=0, size=(16, 16)):
+    """Every colour under every alpha, some of them hidden."""
+    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 4), np.uint8)
+    values[: size[1] // 2, : size[0] // 4, 3] = 0
+    return Image.fromarray(values)
+
+
+def plain_latents(image):
+    """What SmallHost's sampler starts from, written out: of the picture over grey, and with its transparency."""
+    values = np.array(image, np.float32) / 255
+    color, alpha = values[..., :3], values[..., 3:]
+    flat = color * alpha + 0.5 * (1 - alpha)
+    mean = flat.reshape(image.height // 8, 8, image.width // 8, 8, 3).mean((1, 3))
+    rgba = torch.from_numpy(values).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        raw = REFERENCE(torch.cat([rgba[:, 3:], pad_colors(rgba)], dim=1))[0].permute(1, 2, 0).numpy()
+    shifted = mean + (1 + mean) / 100 * 300 * raw
+    return [torch.from_numpy(2 * latent).permute(2, 0, 1) for latent in (mean, shifted)]
+
+
+def assert_starts(starts, images, transparent=True):
+    expected = torch.stack([plain_latents(image)[transparent] for image in images])
+    torch.testing.assert_close(starts, expected, rtol=1e-4, atol=1e-4)
+
+
+def starting(host, inits, key=METHOD.key, net=None):
+    asked = request(method=key, **PICTURES)
+    host.family = asked.method.family
+    return Session(host, asked, None, TransparentVAE(Halves(), net or encoder()), inits)
+
+
+@pytest.fixture
+def workshop(tmp_path):
+    """With small networks under the names of the released files."""
+    host = SmallHost()
+    host.folder = tmp_path
+    decoder = {key: value.contiguous() for key, value in random_state_dict(ReferenceDecoder(layers=1)).items()}
+    save_file(decoder, tmp_path / DECODERS[Family.SD15])
+    save_file(ENCODER, tmp_path / ENCODERS[Family.SD15])
+    return Workshop(host)
+
+
+def opened(workshop, p, **changes):
+    """Through the hooks up to the first sampling."""
+    work = workshop.open(p, request(weight=0, **changes))
+    work.before_sampling(p)
+    return work
+
+
+def test_start_is_the_latent_over_grey_and_the_offset_times_the_deviation():
+    host = SmallHost()
+    image = random_image(size=(24, 16))
+    starting(host, [image]).before_sampling(job([torch.zeros(1, 4, 2, 3)], size=image.size))
+    [start] = host.starts
+    assert_starts(start, [image])
+    mean, shifted = plain_latents(image)
+    assert (shifted - mean).abs().min() > 1e-3  # it is seen
+
+
+def test_only_foregrounds_start_with_transparency():
+    host = SmallHost()
+    image = random_image()
+    starting(host, [image], "sd15_joint").before_sampling(job([torch.zeros(6, 4, 2, 2)], range(6)))
+    [start] = host.starts
+    assert_starts(start[[0, 3]], [image] * 2)
+    assert_starts(start[[1, 2, 4, 5]], [image] * 4, transparent=False)
+
+
+def test_pictures_that_are_no_foregrounds_start_as_the_host_has_them():
+    host = SmallHost()
+    asked = request(method="xl_fgble2bg", **PICTURES)
+    host.family = Family.SDXL
+    work = Session(host, asked, INJECTION, None, [random_image()])
+    work.before_sampling(job([torch.zeros(1, 4, 2, 2)]))
+    assert host.starts == []
+
+
+def test_each_picture_of_a_batch_starts_from_its_own():
+    host = SmallHost()
+    images = [random_image(seed) for seed in range(3)]
+    work = starting(host, images)
+    p = job([torch.zeros(3, 4, 2, 2)] * 2)
+    for p.rows in (range(3), range(3, 6)):
+        work.before_sampling(p)
+        assert_starts(host.starts.pop(), images)
+    assert host.encoded == 3  # in the first batch
+
+
+def test_one_picture_repeated_is_encoded_once(workshop):
+    image = random_image()
+    p = job([torch.zeros(3, 4, 2, 2)], range(3), [image] * 3)
+    opened(workshop, p)
+    [start] = workshop.host.starts
+    assert_starts(start, [image] * 3)
+    assert workshop.host.encoded == 1
+
+
+def test_different_pictures_are_encoded_each(workshop):
+    images = [random_image(seed) for seed in range(2)]
+    opened(workshop, job([torch.zeros(2, 4, 2, 2)], range(2), images))
+    [start] = workshop.host.starts
+    assert_starts(start, images)
+
+
+def palette(transparent=None):
+    """A file of which every second row is of the other colour."""
+    image = Image.frombytes("P", (16, 16), bytes([0] * 16 + [1] * 16) * 8)
+    image.putpalette([10, 200, 30, 255, 0, 0])
+    file = io.BytesIO()
+    image.save(file, "PNG", **({} if transparent is None else {"transparency": transparent}))
+    return Image.open(file)
+
+
+def with_colour_key():
+    image = Image.new("RGB", (16, 16), (9, 8, 7))
+    image.info["transparency"] = (9, 8, 7)
+    return image
+
+
+INITS = {
+    "RGB": (Image.new("RGB", (16, 16), (10, 20, 30)), [(10, 20, 30, 255)] * 2),
+    "RGB with a transparent colour": (with_colour_key(), [(9, 8, 7, 0)] * 2),
+    "L": (Image.new("L", (16, 16), 51), [(51, 51, 51, 255)] * 2),
+    "1": (Image.new("1", (16, 16), 1), [(255, 255, 255, 255)] * 2),
+    "16 bits": (Image.new("I;16", (16, 16), 51 * 257), [(51, 51, 51, 255)] * 2),
+    "LA": (Image.new("LA", (16, 16), (51, 102)), [(51, 51, 51, 102)] * 2),
+    "P": (palette(), [(10, 200, 30, 255), (255, 0, 0, 255)]),
+    "P with a transparent colour": (palette(1), [(10, 200, 30, 255), (255, 0, 0, 0)]),
+    "P with alphas": (palette(bytes([255, 100])), [(10, 200, 30, 255), (255, 0, 0, 100)]),
+    "RGBA": (Image.new("RGBA", (16, 16), (10, 20, 30, 40)), [(10, 20, 30, 40)] * 2),
+}
+
+
+@pytest.mark.parametrize(("image", "rows"), INITS.values(), ids=INITS.keys())
+def test_start_from_a_picture_of_any_mode(workshop, image, rows):
+    p = job([torch.zeros(1, 4, 2, 2)], inits=[image])
+    opened(workshop, p)
+    expected = Image.fromarray(np.array(rows * 8, np.uint8)[:, None].repeat(16, axis=1))
+    [start] = workshop.host.starts
+    assert_starts(start, [expected])
+    [seen] = p.init_images
+    assert seen == to_pil(over_grey(expected)[0])
+
+
+@pytest.mark.parametrize("mode", list(ResizeMode))
+def test_start_from_a_picture_of_another_size(workshop, mode):
+    image = random_image(size=(40, 24))
+    p = job([torch.zeros(1, 4, 2, 2)], inits=[image], mode=mode)
+    opened(workshop, p)
+    fitted = fit(image, mode, 16, 16)
+    [start] = workshop.host.starts
+    assert_starts(start, [fitted])
+    assert p.init_images == [to_pil(over_grey(fitted)[0])]
+
+
+def test_what_is_enlarged_as_latents_is_encoded_at_its_own_size_in_whole_cells(workshop):
+    image = random_image(size=(27, 17))
+    p = job([torch.zeros(1, 4, 2, 2)], inits=[image], mode=None)
+    opened(workshop, p)
+    [start] = workshop.host.starts
+    assert_starts(start, [image.crop((0, 0, 24, 16))])
+    assert p.init_images[0].size == (24, 16)
+
+
+def test_of_a_region_only_that_is_encoded(workshop):
+    image = random_image(size=(40, 32))
+    p = job([torch.zeros(1, 4, 2, 2)], inits=[image], region=(9, 4, 25, 20))
+    opened(workshop, p)
+    [start] = workshop.host.starts
+    assert_starts(start, [Image.fromarray(np.array(image)[4:20, 9:25])])
+    assert p.init_images[0].size == image.size
+
+
+def test_a_region_is_encoded_enlarged(workshop):
+    image = Image.new("RGBA", (20, 20), (200, 0, 0, 255))
+    image.paste((0, 255, 0, 60), (5, 5, 13, 13))
+    opened(workshop, job([torch.zeros(1, 4, 2, 2)], inits=[image], region=(5, 5, 13, 13)))
+    [start] = workshop.host.starts
+    assert_starts(start, [Image.new("RGBA", (16, 16), (0, 255, 0, 60))])
+
+
+@pytest.mark.parametrize("fills", [True, False])
+def test_what_is_masked_starts_from_its_surroundings_where_the_job_says_so(fills):
+    host = SmallHost()
+    around = Image.new("RGBA", (16, 16), (200, 30, 0, 102))
+    image, mask = around.copy(), Image.new("L", (16, 16), 0)
+    image.paste((0, 0, 255, 255), (5, 5, 11, 11))
+    mask.paste(255, (5, 5, 11, 11))
+    work = starting(host, [image])
+    work.before_inits(mask)
+    work.before_sampling(job([torch.zeros(1, 4, 2, 2)], fills=fills))
+    [start] = host.starts
+    assert_starts(start, [around if fills else image])
+
+
+def test_networks_are_read_once_and_the_encoder_for_img2img_only(workshop):
+    (workshop.host.folder / ENCODERS[Family.SD15]).rename(workshop.host.folder / "later")
+    without = opened(workshop, job([torch.zeros(1, 4, 2, 2)]))
+    (workshop.host.folder / "later").rename(workshop.host.folder / ENCODERS[Family.SD15])
+    first, second = (opened(workshop, job([torch.zeros(1, 4, 2, 2)], inits=[random_image()])) for _ in range(2))
+    assert without.vae.encoder is None
+    assert without.vae.decoder is first.vae.decoder is second.vae.decoder
+    assert first.vae.encoder is second.vae.encoder
+
+
+def test_a_file_that_is_no_encoder_is_named(workshop):
+    path = workshop.host.folder / ENCODERS[Family.SD15]
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(LayerDiffuseError, match=rf"{path.name} is not a transparent encoder: .*Delete it"):
+        workshop.open(job(inits=[random_image()]), request(weight=0))
+
+
+@pytest.mark.parametrize(("failures", "succeeds"), [(1, True), (2, False)])
+def test_out_of_memory_moves_the_encoder_on_to_a_roomier_place(failures, succeeds):
+    class Cramped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.failures = encoder(), failures
+
+        def forward(self, argb):
+            self.failures -= 1
+            if self.failures >= 0:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            return self.net(argb)
+
+    host = SmallHost()
+    image = random_image()
+    work = starting(host, [image], net=Cramped())
+    p = job([torch.zeros(1, 4, 2, 2)])
+    if succeeds:
+        work.before_sampling(p)
+        assert_starts(host.starts[0], [image])
+    else:
+        with pytest.raises(LayerDiffuseError, match="Not enough memory for a picture of 16x16"):
+            work.before_sampling(p)
+
+
+# --- inpainting -------------------------------------------------------------------------------------------------
+
+
+def test_what_a_sampling_became_since_is_decoded():
+    work = session(SmallHost())
+    p = job([torch.zeros(1, 4, 2, 2)])
+    batch = pixels(1)
+    work.before_sampling(p)
+    work.sampled(torch.full((1, 4, 2, 2), 0.8))
+    work.decode_batch(p, batch)
+    assert work.finish_picture(p, 0, shown(batch[0])).getchannel("A").getextrema() == (102, 102)
+
+
+def overlay_of(image, mask):
+    """What hosts put over a sampled picture: the original as they know it, opaque where it is not masked."""
+    overlay = image.convert("RGB")
+    overlay.putalpha(ImageOps.invert(mask))
+    return overlay
+
+
+def box_mask(size, box):
+    mask = Image.new("L", size, 0)
+    mask.paste(255, box)
+    return mask
+
+
+def inpaint(work, p, masks, edit=lambda image: None):
+    """A batch through the host's hooks after sampling; what the decoder made, and what is shown of it."""
+    batch = pixels(len(masks))
+    work.before_sampling(p)
+    work.decode_batch(p, batch)
+    made = []
+    for index, (pixel, mask) in enumerate(zip(batch, masks)):
+        overlay = mask and overlay_of(work.inits[index % len(work.inits)], mask)
+        work.before_overlay(index, overlay)
+        picture = work.host.overlaid(p, shown(pixel), overlay)
+        edit(picture)
+        made.append(work.finish_picture(p, index, picture))
+    return [to_pil(torch.cat([pixel / 2, torch.full((1, 16, 16), 0.4)])) for pixel in batch], made
+
+
+LATENT = torch.full((1, 4, 2, 2), 0.8)  # alpha 0.4
+
+
+def test_what_is_not_masked_is_the_original_and_the_rest_the_decoder_s():
+    inits = [random_image(seed) for seed in range(2)]
+    masks = [box_mask((16, 16), box) for box in ((3, 2, 9, 12), (0, 0, 16, 5))]
+    work = starting(SmallHost(), inits)
+    decoded, made = inpaint(work, job([LATENT.repeat(2, 1, 1, 1)], range(2)), masks)
+    for before, after, mask, image in zip(inits, decoded, masks, made):
+        assert image.tobytes() == Image.composite(after, before, mask).tobytes()  # hidden colours too
+
+
+def test_a_later_batch_has_its_own_overlays():
+    init, mask = random_image(), box_mask((16, 16), (3, 2, 9, 12))
+    work = starting(SmallHost(), [init])
+    p = job([LATENT] * 2)
+    inpaint(work, p, [mask])
+    decoded, made = inpaint(work, p, [None])
+    assert made[0].tobytes() == decoded[0].tobytes()
+
+
+def test_a_soft_mask_mixes_the_original_with_the_decoder_s_picture():
+    init = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    mask = Image.linear_gradient("L").resize((16, 16))
+    decoded, made = inpaint(starting(SmallHost(), [init]), job([LATENT]), [mask])
+    np.testing.assert_allclose(np.array(made[0])[..., 3], np.array(mask) * 0.4, atol=0.51)
+    inner = np.array(mask) > 0
+    np.testing.assert_allclose(  # no darker for the black that is hidden
+        np.array(made[0])[inner, :3].astype(int), np.array(decoded[0])[inner, :3], atol=1
+    )
+
+
+def test_what_others_paint_keeps_its_colour_with_the_decoder_s_alpha():
+    init, mask = random_image(), box_mask((16, 16), (3, 2, 9, 12))
+
+    def edit(image):
+        image.paste((9, 8, 7), (2, 5, 7, 8))  # over the edge of the mask
+
+    [decoded], [image] = inpaint(starting(SmallHost(), [init]), job([LATENT]), [mask], edit)
+    decoded.paste((9, 8, 7, 102), (3, 5, 7, 8))
+    assert image.tobytes() == Image.composite(decoded, init, mask).tobytes()
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_a_region_goes_back_to_its_place(edited):
+    init, region = random_image(size=(40, 32)), (9, 4, 25, 20)
+    mask = box_mask(init.size, (12, 6, 20, 18))
+    p = job([LATENT], region=region)
+
+    def edit(image):
+        if edited:
+            image.putpixel((14, 9), (9, 8, 7))
+
+    [decoded], [image] = inpaint(starting(SmallHost(), [init]), p, [mask], edit)
+    if edited:
+        decoded.putpixel((14 - 9, 9 - 4), (9, 8, 7, 102))
+    expected = np.array(init)
+    expected[6:18, 12:20] = np.array(decoded)[6 - 4 : 18 - 4, 12 - 9 : 20 - 9]
+    np.testing.assert_array_equal(np.array(image), expected)
+
+
+def test_a_region_that_was_sampled_enlarged_is_made_small_again():
+    init, region = random_image(size=(40, 32)), (8, 4, 16, 12)
+    mask = box_mask(init.size, (9, 5, 15, 11))
+    work = starting(SmallHost(), [init])
+    p = job([LATENT], region=region)
+    pixel = torch.tensor([0.8, 0.4, 0.2])[:, None, None].expand(3, 16, 16)
+    work.before_sampling(p)
+    work.decode_batch(p, [pixel])
+    overlay = overlay_of(init, mask)
+    work.before_overlay(0, overlay)
+    image = work.finish_picture(p, 0, work.host.overlaid(p, shown(pixel), overlay))
+    expected = np.array(init)
+    expected[5:11, 9:15] = 102, 51, 26, 102
+    np.testing.assert_allclose(np.array(image).astype(int)[5:11, 9:15], expected[5:11, 9:15], atol=1)
+    outside = np.array(mask) == 0
+    np.testing.assert_array_equal(np.array(image)[outside], expected[outside])
+
+
+def test_a_picture_enlarged_since_has_no_original_at_its_size():
+    init, mask = random_image(), box_mask((16, 16), (3, 2, 9, 12))
+    work = starting(SmallHost(), [init])
+    p = job([LATENT])
+    work.before_sampling(p)
+    work.decode_batch(p, pixels(1))
+    work.before_overlay(0, overlay_of(init, mask))
+    image = work.finish_picture(p, 0, Image.new("RGB", (32, 32), (1, 2, 3)))
+    assert image.getcolors() == [(32 * 32, (1, 2, 3, 102))]

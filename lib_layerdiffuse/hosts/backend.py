@@ -9,8 +9,8 @@ import base64
 import io
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from copy import copy
 from functools import wraps
 from itertools import cycle, zip_longest
@@ -24,22 +24,23 @@ from backend import memory_management
 from backend.patcher.base import ModelPatcher
 from backend.patcher.lora import load_lora
 from fastapi import HTTPException
-from modules import images, img2img, processing, shared, stealth_infotext, txt2img
+from modules import images, img2img, processing, sd_samplers_common, shared, stealth_infotext, txt2img
 from modules.paths import models_path
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lib_layerdiffuse.batches import fitted
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.hosts.base import BaseModel
+from lib_layerdiffuse.hosts.base import Around, BaseModel
+from lib_layerdiffuse.images import Box, ResizeMode
 from lib_layerdiffuse.injection import Injection, WeightPatch, misfit
 from lib_layerdiffuse.methods import Family
 from lib_layerdiffuse.nets.attention_sharing import ATTENTIONS, BLOCKS, AttentionSharing
 from lib_layerdiffuse.patches import Patch, Switch, attention_patches, condition_patch, control_patches
 from lib_layerdiffuse.request import Request
 from lib_layerdiffuse.tensors import Latent, Rgb
-from lib_layerdiffuse.vae import LATENT_STRIDE
 
 log = logging.getLogger("layerdiffuse")
 
@@ -48,6 +49,19 @@ log = logging.getLogger("layerdiffuse")
 NEXT_STEPS = ("init", "sample", "save_samples", "get_token_merging_ratio")
 SAMPLING = ("sample", "sample_img2img")
 PROMPTS = ("all_prompts", "all_negative_prompts", "all_hr_prompts", "all_hr_negative_prompts")  # one for each row
+
+# What the host's numbers mean (modules/ui.py, `img2img`): ways to fill what is masked, and to resize.
+FILL_SURROUNDINGS, FILL_ORIGINAL, FILL_NOISE, FILL_NOTHING = range(4)
+LATENT_RESIZE = 3
+MASK_SETTINGS = (
+    "image_mask",
+    "mask_blur_x",
+    "mask_blur_y",
+    "mask_round",
+    "inpainting_mask_invert",
+    "inpaint_full_res",
+    "inpainting_fill",
+)
 
 # The engine's flag, what it says, and the family that LayerDiffuse has weights for.
 KINDS = (
@@ -167,12 +181,17 @@ class BackendHost:
             p.all_hr_prompts = p.layerdiffuse_hr_prompts
             del p.layerdiffuse_hr_prompts
 
-    def encode(self, p: Any, rgb: Rgb) -> Latent:
+    def posterior(self, p: Any, rgb: Rgb) -> tuple[Latent, Latent]:
         vae = p.sd_model.forge_objects.vae.clone()
-        model = vae.first_stage_model
+        encode = vae.first_stage_model.encode
         # Not the VAE's regulation, which its tiled mode leaves out (backend/patcher/vae.py:118).
-        vae.first_stage_model = SimpleNamespace(encode=lambda pixels, regulation=None: model.encode(pixels, mean_of))
-        return model.process_in(vae.encode(rgb.movedim(1, -1)))
+        vae.first_stage_model = SimpleNamespace(encode=lambda pixels, regulation=None: encode(pixels, parameters_of))
+        vae.latent_channels *= 2
+        mean, deviation = vae.encode(rgb.movedim(1, -1)).chunk(2, dim=1)
+        return mean, deviation
+
+    def sampler_latent(self, p: Any, vae_latent: Latent) -> Latent:
+        return p.sd_model.forge_objects.vae.first_stage_model.process_in(vae_latent)
 
     def run_again(self, p: Any, request: Request, sampler: str) -> Any:
         again = copy(p)
@@ -218,38 +237,96 @@ class BackendHost:
     def set_init_images(self, p: Any, init_images: list[Image.Image]) -> None:
         p.init_images = init_images
 
+    def init_mode(self, p: Any) -> ResizeMode | None:
+        return None if p.resize_mode == LATENT_RESIZE else list(ResizeMode)[p.resize_mode]
+
+    def start_from(self, p: Any, latents: Latent) -> None:
+        latents = latents.to(p.init_latent)
+        if p.resize_mode == LATENT_RESIZE:
+            latents = F.interpolate(latents, size=p.init_latent.shape[2:], mode="bilinear")
+        if p.mask is not None and p.inpainting_fill in (FILL_NOISE, FILL_NOTHING):  # processing.py:1824
+            latents = latents * p.mask
+            if p.inpainting_fill == FILL_NOISE:
+                noise = processing.create_random_tensors(latents.shape[1:], p.all_seeds[: len(latents)])
+                latents = latents + noise.to(latents) * p.nmask
+        p.init_latent = latents
+
+    def fills_mask(self, p: Any) -> bool:
+        return p.inpainting_fill == FILL_SURROUNDINGS
+
+    def mask(self, p: Any) -> Image.Image | None:
+        if getattr(p, "image_mask", None) is None:
+            return None
+        mask = processing.create_binary_mask(p.image_mask)
+        return ImageOps.invert(mask) if p.inpainting_mask_invert else mask
+
+    def set_mask(self, p: Any, mask: Image.Image) -> None:
+        p.layerdiffuse_mask = {name: getattr(p, name) for name in MASK_SETTINGS}
+        if p.image_mask is None:
+            p.inpaint_full_res, p.inpainting_fill = False, FILL_ORIGINAL
+        p.image_mask, p.mask_blur_x, p.mask_blur_y, p.mask_round, p.inpainting_mask_invert = mask, 0, 0, False, 0
+
+    def restore_mask(self, p: Any) -> None:
+        vars(p).update(p.layerdiffuse_mask)
+
+    def only_masked(self, p: Any) -> bool:
+        return getattr(p, "image_mask", None) is not None and bool(p.inpaint_full_res)
+
+    def region(self, p: Any) -> Box | None:
+        if not p.paste_to:
+            return None
+        left, upper, width, height = p.paste_to
+        return left, upper, left + width, upper + height
+
+    def steps(self, p: Any) -> int:
+        return sd_samplers_common.setup_img2img_steps(p)[1] + 1
+
+    def overlaid(self, p: Any, picture: Image.Image, overlay: Image.Image | None) -> Image.Image:
+        return processing.apply_overlay(picture, p.paste_to, overlay)[0]
+
     def flatten_upscaled(self, p: Any, flatten: Callable[[Image.Image], Image.Image]) -> None:
         if self.upscales(p):
             p.firstpass_image = flatten(p.firstpass_image)
 
-    def has_mask(self, p: Any) -> bool:
-        return getattr(p, "image_mask", None) is not None
-
     def upscales(self, p: Any) -> bool:
         return getattr(p, "firstpass_image", None) is not None
 
-    def around_sampling(
-        self, p: Any, injected: Callable[[int, int], AbstractContextManager[None]], finished: Callable[[Latent], None]
-    ) -> None:
-        def around(sampling: Callable[..., Latent]) -> Callable[..., Latent]:
-            @wraps(sampling)
-            def sampled(p: Any, x: Latent, *args: Any, **kwargs: Any) -> Latent:
-                height, width = (LATENT_STRIDE * side for side in x.shape[2:])
-                try:
-                    with injected(width, height):
-                        latent = sampling(p, x, *args, **kwargs)
-                except LayerDiffuseError as error:
-                    raise refused(error) from error
-                finished(latent)
-                return latent
+    def around_sampling(self, p: Any, owner: str, around: Around, finished: Callable[[Latent], None]) -> None:
+        # img2img keeps its sampler over batches, and the hires pass calls the hook twice: wrap each sampler once.
+        if not hasattr(p.sampler, "layerdiffuse_owners"):
+            p.sampler.layerdiffuse_owners = {}
+            for name in SAMPLING:
+                sampling = getattr(p.sampler, name)
+                setattr(p.sampler, name, wrapped(sampling, p.sampler.layerdiffuse_owners))
+        p.sampler.layerdiffuse_owners[owner] = around, finished
 
-            sampled.inside_layerdiffuse = sampling  # type: ignore[attr-defined]
-            return sampled
+    @contextmanager
+    def hold(
+        self, p: Any, original: Latent, noise: Latent, released: Callable[[Sequence[float], float], Tensor]
+    ) -> Iterator[None]:
+        objects = p.sd_model.forge_objects
+        unet = objects.unet.clone()
+        with_noise = unet.model.predictor.noise_scaling
+        sigmas = schedule(p)
+        free: Tensor | None = None  # at the model call under way
 
-        for name in SAMPLING:
-            # img2img keeps its sampler over batches, and the hires pass calls the hook twice: wrap the host's own.
-            sampling = getattr(p.sampler, name)
-            setattr(p.sampler, name, around(getattr(sampling, "inside_layerdiffuse", sampling)))
+        def before(model: Any, x: Latent, timestep: Any, uncond: Any, cond: Any, *rest: Any) -> tuple[Any, ...]:
+            nonlocal free
+            free = released(sigmas, float(timestep[0])).to(x.device).expand(len(x), -1, -1, -1)
+            kept = with_noise(timestep[:, None, None, None], noise.to(x), original.to(x))
+            for condition in (*(uncond or ()), *cond):
+                release_inpainting(condition["model_conds"], original, free)
+            return model, torch.where(free, x, kept), timestep, uncond, cond, *rest
+
+        def after(args: Mapping[str, Any]) -> Latent:
+            assert free is not None, "an answer of the UNet before its call"
+            return torch.where(free, args["denoised"], original.to(args["denoised"]))
+
+        unet.add_conditioning_modifier(before)
+        unet.set_model_sampler_post_cfg_function(after)
+        p.mask = p.nmask = None  # the host's own inpainting, with this map as its mask
+        objects.unet = unet
+        yield
 
     @contextmanager
     def inject(self, p: Any, injection: Injection, request: Request, condition: Tensor | None) -> Iterator[None]:
@@ -344,6 +421,25 @@ class BackendHost:
         )
         image.already_saved_as = saved  # type: ignore[attr-defined]
 
+    def pictures(self, processed: Any) -> list[Image.Image]:
+        return processed.images[processed.index_of_first_image :]
+
+    def save_extra(self, p: Any, processed: Any, index: int, picture: Image.Image, suffix: str) -> None:
+        processed.extra_images.append(picture)
+        if not p.save_samples():
+            return
+        images.save_image(
+            picture.copy(),  # the host's stealth infotext writes into the pixels of what it saves
+            p.outpath_samples,
+            "",
+            processed.all_seeds[index],
+            processed.all_prompts[index],
+            shared.opts.samples_format,
+            info=processed.infotexts[processed.index_of_first_image + index],
+            p=p,
+            suffix=suffix,
+        )
+
     def keep_pixels(self, condition: Callable[[Any], bool]) -> None:
         """Keep the stealth infotext, which writes over alpha or fails on other modes than RGB, off some images.
 
@@ -361,6 +457,46 @@ class BackendHost:
         """Have the page's gallery say under our images what they show."""
         for module, name in ((txt2img, "txt2img_function"), (img2img, "img2img_function")):
             after(module, name, lambda answer: (captioned(answer[0], caption_of), *answer[1:]))
+
+
+def wrapped(
+    sampling: Callable[..., Latent], owners: Mapping[str, tuple[Around, Callable[[Latent], None]]]
+) -> Callable[..., Latent]:
+    """The sampler's method `sample(p, noise, …)` or `sample_img2img(p, x, noise, …)`, inside what the owners give."""
+    from_noise = sampling.__name__ == "sample"
+
+    @wraps(sampling)
+    def sampled(p: Any, x: Latent, second: Any, *args: Any, **kwargs: Any) -> Latent:
+        noise = x if from_noise else second
+        try:
+            with ExitStack() as stack:
+                for around, _ in owners.values():
+                    stack.enter_context(around(x, noise))
+                latent = sampling(p, x, second, *args, **kwargs)
+        except LayerDiffuseError as error:
+            raise refused(error) from error
+        for _, finished in owners.values():
+            finished(latent)
+        return latent
+
+    return sampled
+
+
+def schedule(p: Any) -> list[float]:
+    """The sigmas that the sampler's img2img will go through, down to 0 (modules/sd_samplers_kdiffusion.py:140)."""
+    steps, last = sd_samplers_common.setup_img2img_steps(p)
+    if not hasattr(p.sampler, "get_timesteps"):
+        return p.sampler.get_sigmas(p, steps)[steps - last - 1 :].tolist()
+    alphas = p.sd_model.alphas_cumprod.cpu()[p.sampler.get_timesteps(p, steps)[:last].flip(0).cpu()]
+    return [*((1 - alphas) / alphas).sqrt().tolist(), 0.0]
+
+
+def release_inpainting(conditions: dict[str, Any], original: Latent, free: Tensor) -> None:
+    """Tell an inpainting checkpoint what is masked now: its mask, and the latents of the picture without that part."""
+    if mask_and_latents := conditions.get("c_concat"):
+        latents = mask_and_latents.cond[:, 1:]
+        now = torch.cat([free.to(latents), torch.where(free, latents, original.to(latents))], dim=1)
+        conditions["c_concat"] = type(mask_and_latents)(now)
 
 
 def has_list(p: Any) -> bool:
@@ -445,9 +581,9 @@ def add_patches(unet: Any, patches: Sequence[Patch]) -> None:
         lists[patch.kind] = [patch.call, *others] if patch.first else [*others, patch.call]
 
 
-def mean_of(posterior: Any) -> Latent:
-    """A regulation of the host's VAE: without chance."""
-    return posterior.mean
+def parameters_of(posterior: Any) -> Tensor:
+    """A regulation of the host's VAE: both mean and deviation instead of a sample."""
+    return torch.cat([posterior.mean, posterior.std], dim=1)
 
 
 def put_before(texts: Sequence[str], prompts: Sequence[str]) -> list[str]:

@@ -6,16 +6,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from lib_layerdiffuse.errors import LayerDiffuseError
+from lib_layerdiffuse.images import Box, ResizeMode, fit
 from lib_layerdiffuse.injection import Injection
 from lib_layerdiffuse.methods import Family
 from lib_layerdiffuse.request import Request
 from lib_layerdiffuse.tensors import Latent, Rgb
+
+Around: TypeAlias = Callable[[Latent, Latent], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,11 @@ class Host(Protocol):
     def restore_prompts(self, p: Any) -> None:
         """After the host has read the prompts of this batch."""
 
-    def encode(self, p: Any, rgb: Rgb) -> Latent:
-        """The mean of the VAE's posterior for the pictures, in sampler space: the same each time."""
+    def posterior(self, p: Any, rgb: Rgb) -> tuple[Latent, Latent]:
+        """Mean and deviation of the VAE's posterior for the pictures, in VAE space: the same each time."""
+
+    def sampler_latent(self, p: Any, vae_latent: Latent) -> Latent:
+        """From VAE space (unscaled) to sampler space."""
 
     def run_again(self, p: Any, request: Request, sampler: str) -> Any:
         """Run a copy of the job, with the same prompts and seeds, for another request; what it made (`processed`)."""
@@ -96,11 +103,50 @@ class Host(Protocol):
     def set_init_images(self, p: Any, init_images: list[Image.Image]) -> None:
         """Have img2img start from these instead."""
 
+    def init_mode(self, p: Any) -> ResizeMode | None:
+        """How they are brought to the size of the picture; None where that happens to their latents."""
+
+    def start_from(self, p: Any, latents: Latent) -> None:
+        """Have img2img start from these (sampler space, one for each picture of the batch) instead of its own.
+
+        Masked parts are filled as the job says, where that is done to latents.
+        """
+
+    def fills_mask(self, p: Any) -> bool:
+        """Whether what is masked starts from its surroundings instead of from what is there."""
+
+    def mask(self, p: Any) -> Image.Image | None:
+        """The inpaint mask: mode L, 255 where the picture is painted over, not blurred yet."""
+
+    def set_mask(self, p: Any, mask: Image.Image) -> None:
+        """Have the job inpaint with this mask (mode L) as it is, soft edges and all.
+
+        Where it had no mask, the whole picture is sampled, from what is there.
+        """
+
+    def restore_mask(self, p: Any) -> None:
+        """After the job: put back the mask that it had."""
+
+    def only_masked(self, p: Any) -> bool:
+        """Whether only the masked part of the picture is sampled, enlarged to the size of the job."""
+
+    def region(self, p: Any) -> Box | None:
+        """That part of the init image, once sampling begins: left, upper, right and lower edge. None: all of it."""
+
+    def steps(self, p: Any) -> int:
+        """How many steps img2img will sample."""
+
+    def overlaid(self, p: Any, picture: Image.Image, overlay: Image.Image | None) -> Image.Image:
+        """What the host makes of a sampled picture: put in its place, with what was not painted over it."""
+
+    def pictures(self, processed: Any) -> list[Image.Image]:
+        """What the job made, without a grid of them."""
+
+    def save_extra(self, p: Any, processed: Any, index: int, picture: Image.Image, suffix: str) -> None:
+        """Show a picture behind the others, and save it like the one at `index`, its name ending with `suffix`."""
+
     def flatten_upscaled(self, p: Any, flatten: Callable[[Image.Image], Image.Image]) -> None:
         """The upscale button under the gallery starts from a finished picture, which hosts take for RGB."""
-
-    def has_mask(self, p: Any) -> bool:
-        """Whether this is inpainting."""
 
     def upscales(self, p: Any) -> bool:
         """Whether this is the upscale button: a hires pass that starts from one finished picture."""
@@ -108,12 +154,19 @@ class Host(Protocol):
     def forget(self, injection: Injection) -> None:
         """Let go of what was loaded of it: it is not used any more."""
 
-    def around_sampling(
-        self, p: Any, injected: Callable[[int, int], AbstractContextManager[None]], finished: Callable[[Latent], None]
-    ) -> None:
-        """Run the next sampling inside `injected(width, height)`, and hand its final latent to `finished`.
+    def around_sampling(self, p: Any, owner: str, around: Around, finished: Callable[[Latent], None]) -> None:
+        """Run the next samplings inside `around(x, noise)`, and hand their final latents to `finished`.
 
-        The size is the picture's, in pixels; the latent is in sampler space.
+        Instead of what the owner gave before. x: what img2img starts from, without the noise; in txt2img, both are the
+        noise. All are in sampler space.
+        """
+
+    def hold(
+        self, p: Any, original: Latent, noise: Latent, released: Callable[[Sequence[float], float], Tensor]
+    ) -> AbstractContextManager[None]:
+        """While open, what is not released at a noise level is kept at the original, with this noise.
+
+        released(sigmas, sigma): of the sampler's schedule, and where in it the UNet is called; [B, 1, H/8, W/8].
         """
 
     def inject(
@@ -140,3 +193,21 @@ class Host(Protocol):
 
     def save_beside(self, p: Any, image: Image.Image, path: Path, suffix: str, extension: str, infotext: str) -> None:
         """Save `image` in `path`'s folder, under its name with `suffix`."""
+
+
+def seen(host: Host, p: Any, image: Image.Image) -> Image.Image:
+    """What of an init image, or of a mask of its size, is sampled: at that size, unless its latents are enlarged."""
+    width, height = host.size(p)
+    if region := host.region(p):
+        return fit(image.crop(region), ResizeMode.RESIZE_AND_FILL, width, height)
+    mode = host.init_mode(p)
+    return fit(image, mode, width, height) if mode else image
+
+
+def check_mask(host: Host, p: Any) -> None:
+    """Raises LayerDiffuseError where a masked picture would be enlarged as latents: a mask is for pixels."""
+    if host.mask(p) and host.init_mode(p) is None:
+        raise LayerDiffuseError(
+            "A mask or change map belongs to the pixels of the picture, but this resize mode enlarges its latents. "
+            'Choose another, such as "Just resize".'
+        )

@@ -65,6 +65,11 @@ def layerdiffuse_arguments(*arguments) -> dict:
     return {"alwayson_scripts": {"LayerDiffuse": {"args": list(arguments)}}}
 
 
+def differential(names: dict) -> dict:
+    """The request field that turns Differential Diffusion on."""
+    return {"alwayson_scripts": {"Differential Diffusion": {"args": [names]}}}
+
+
 def controlnet_title() -> str:
     """Forge lists a model by its name and eight digits of a hash of 64 KiB in it, and knows it by this title alone."""
     with controlnet_file().open("rb") as file:

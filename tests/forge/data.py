@@ -57,6 +57,7 @@ OPTIONS = {
     "return_grid": False,
     "save_to_dirs": False,
     "token_merging_ratio": 0.0,
+    "overlay_inpaint": True,
     "forge_unet_storage_dtype": "Automatic",
     "layerdiffuse_passes": 8,
     "layerdiffuse_extras": ["opaque"],

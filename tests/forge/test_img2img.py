@@ -1,48 +1,129 @@
-"""img2img: an opaque picture to start from works; what is not built yet is refused."""
+"""img2img keeps alpha: any picture to start from, any batch, any way to resize."""
+
+import subprocess
+from pathlib import Path
 
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw
 
-from tests.forge.client import SD15_ATTENTION, alpha_varies, layerdiffuse, to_base64
+from tests.forge import data
+from tests.forge.client import (
+    SD15_ATTENTION,
+    SD15_JOINT,
+    all_different,
+    alpha_varies,
+    differential,
+    layerdiffuse,
+    merged,
+    same,
+    to_base64,
+)
+
+REFERENCE = Path(__file__).resolve().parent / "reference_roundtrip.py"
+SMALL = {"width": 64, "height": 64, "steps": 2, "denoising_strength": 0.5}
+TRANSPARENT = merged(layerdiffuse(SD15_ATTENTION), SMALL)
+COLOURS = ((220, 40, 40), (40, 220, 40), (40, 40, 220))
 
 
-def disc(mode, size=(128, 128)):
-    """A red disc, on nothing where the mode has an alpha."""
+def disc(mode="RGBA", size=(64, 64), colour=COLOURS[0]):
+    """A disc, on nothing where the mode has an alpha."""
     image = Image.new("RGBA", size)
-    ImageDraw.Draw(image).ellipse((size[0] // 4, size[1] // 4, 3 * size[0] // 4, 3 * size[1] // 4), (220, 40, 40, 255))
+    ImageDraw.Draw(image).ellipse((size[0] // 4, size[1] // 4, 3 * size[0] // 4, 3 * size[1] // 4), (*colour, 255))
     return image.convert(mode)
 
 
+def soft_disc():
+    """A disc whose alpha falls off from its middle, with another colour under what is transparent."""
+    alpha = ImageChops.invert(Image.radial_gradient("L").resize((64, 64)))
+    image = Image.merge("RGB", (alpha, Image.linear_gradient("L").resize((64, 64)), ImageChops.invert(alpha)))
+    image.putalpha(alpha)
+    return image
+
+
+@pytest.fixture(autouse=True)
+def one_pass(forge):
+    with forge.options(layerdiffuse_passes=1):
+        yield
+
+
 @pytest.mark.parametrize(
-    "mode", ["RGB", pytest.param("L", marks=pytest.mark.full), pytest.param("P", marks=pytest.mark.full)]
+    "mode",
+    ["RGBA", "RGB", "LA", pytest.param("L", marks=pytest.mark.full), pytest.param("P", marks=pytest.mark.full)],
 )
-def test_an_opaque_picture(forge, mode):
-    answer = forge.img2img(disc("RGB").convert(mode), layerdiffuse(SD15_ATTENTION))
+def test_a_picture_of_any_mode(forge, mode):
+    answer = forge.img2img(disc().convert(mode), TRANSPARENT)
     assert answer.status == 200, answer.body
     assert [image.mode for image in answer.images] == ["RGBA", "RGB"]
     assert alpha_varies(answer.images[0])
 
 
-@pytest.mark.full
-def test_an_alpha_channel_without_transparency_is_an_opaque_picture(forge):
-    answer = forge.img2img(Image.new("RGBA", (128, 128), (200, 40, 40, 255)), layerdiffuse(SD15_ATTENTION))
+def test_there_and_back_without_a_change_is_what_the_networks_say(forge, installation, tmp_path):
+    """A change map too weak for a single step: what comes out is decode(encode(x)), compared bit for bit."""
+    given, expected = tmp_path / "given.png", tmp_path / "expected.png"
+    soft_disc().save(given)
+    layers = [data.layer_file(f"layer_sd15_vae_transparent_{kind}") for kind in ("encoder", "decoder")]
+    checkpoint = data.models() / "Stable-diffusion" / data.CHECKPOINTS["sd15"]
+    subprocess.run([installation.python, REFERENCE, checkpoint, *layers, given, expected], check=True)
+    unchanged = differential({"map_image": to_base64(Image.new("L", (64, 64), 1))})
+    with forge.options(overlay_inpaint=False):
+        answer = forge.img2img(soft_disc(), TRANSPARENT, unchanged, steps=4)
     assert answer.status == 200, answer.body
     assert alpha_varies(answer.images[0])
+    difference = ImageChops.difference(answer.images[0], Image.open(expected))
+    assert max(high for _, high in difference.getextrema()) <= 1, difference.getextrema()
+
+
+def test_every_picture_of_a_batch_starts_from_its_own(forge):
+    inits = [disc(colour=colour) for colour in COLOURS]
+    batch = forge.img2img(inits[0], TRANSPARENT, init_images=list(map(to_base64, inits)), batch_size=3)
+    assert batch.status == 200, batch.body
+    assert len(batch.transparent) == 3 and all_different(batch.transparent)
+    repeated = forge.img2img(inits[0], TRANSPARENT, init_images=[to_base64(inits[0])] * 3, batch_size=3)
+    assert same(batch.transparent[0], repeated.transparent[0])
+    assert not same(batch.transparent[1], repeated.transparent[1])
+    assert not same(batch.transparent[2], repeated.transparent[2])
+
+
+@pytest.mark.parametrize("mode", [0, 1, pytest.param(2, marks=pytest.mark.full), 3])
+def test_ways_to_resize(forge, mode):
+    picture = disc(size=(200, 136))
+    answer = forge.img2img(picture, TRANSPARENT, resize_mode=mode)
+    assert answer.status == 200, answer.body
+    assert answer.images[0].size == (64, 64) and alpha_varies(answer.images[0])
+    by_hand = picture.convert("RGBa").resize((64, 64), Image.Resampling.LANCZOS).convert("RGBA")
+    stretched = forge.img2img(by_hand, TRANSPARENT)
+    assert same(answer.images[0], stretched.images[0]) == (mode == 0)
 
 
 @pytest.mark.full
-def test_another_size(forge):
-    answer = forge.img2img(disc("RGB", (200, 136)), layerdiffuse(SD15_ATTENTION))
+def test_a_size_that_64_does_not_divide(forge):
+    answer = forge.img2img(disc(), TRANSPARENT, width=328, height=520)
     assert answer.status == 200, answer.body
-    assert answer.images[0].size == (128, 128) and alpha_varies(answer.images[0])
+    assert answer.images[0].size == (328, 520) and alpha_varies(answer.images[0])
 
 
-def test_a_transparent_picture_is_refused(forge):
-    assert "transparen" in forge.img2img(disc("RGBA"), layerdiffuse(SD15_ATTENTION)).refusal.lower()
+@pytest.mark.full
+def test_tiled_vae_keeps_alpha(forge):
+    """Never OOM's script switches it on for good, so this switches it off again."""
+    tiled = merged(TRANSPARENT, {"alwayson_scripts": {"Never OOM Integrated": {"args": [False, True]}}})
+    untiled = merged(TRANSPARENT, {"alwayson_scripts": {"Never OOM Integrated": {"args": [False, False]}}})
+    opaque = Image.alpha_composite(Image.new("RGBA", (64, 64), (127, 127, 127, 255)), disc())
+    pictures = [forge.img2img(init, tiled) for init in (disc(), opaque)]
+    pictures.append(forge.img2img(disc(), untiled))
+    assert all_different([answer.images[0] for answer in pictures])
 
 
-def test_a_mask_is_refused(forge):
-    mask = to_base64(disc("RGBA").getchannel("A"))
-    answer = forge.img2img(disc("RGB"), layerdiffuse(SD15_ATTENTION), mask=mask)
-    refusal = answer.refusal.lower()
-    assert "mask" in refusal or "inpaint" in refusal
+def test_layers_start_from_one_picture(forge):
+    answer = forge.img2img(disc(), layerdiffuse(SD15_JOINT), SMALL)
+    assert answer.status == 200, answer.body
+    assert [image.mode for image in answer.images] == ["RGBA", "RGB", "RGB", "RGB"]
+
+
+def test_loopback_goes_on_with_the_transparent_picture(forge):
+    """The second loop is the same job as one that starts from the first loop's picture."""
+    loops, final_strength, curve, interrogate = 2, 0.5, "Linear", "None"
+    arguments = {"script_name": "loopback", "script_args": [loops, final_strength, curve, interrogate]}
+    answer = forge.img2img(disc(), TRANSPARENT, arguments)
+    assert answer.status == 200, answer.body
+    first, second = answer.transparent
+    assert same(forge.img2img(first, TRANSPARENT, seed=2).images[0], second)

@@ -1,0 +1,227 @@
+"""Differential Diffusion: how much each pixel may change, in a map; of a picture with or without transparency.
+
+Levin and Fried, arXiv 2306.00950. White is change here, as in inpaint masks; in the paper's maps, white is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+import torch
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
+from torch import Tensor
+
+from lib_layerdiffuse.controls import IMAGE_NEEDS, Form, control, flag, image, number, whole
+from lib_layerdiffuse.errors import LayerDiffuseError
+from lib_layerdiffuse.images import flattened
+from lib_layerdiffuse.methods import listed
+
+TITLE = "Differential Diffusion"
+HALF_A_LEVEL = 0.5 / 255  # of the 256 that a map has
+STRIP = 12  # pixels of height that the default font of Pillow needs, with a margin
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a map can be made of. All pictures have the size of `init`; mask and upload are of mode L."""
+
+    init: Image.Image  # the picture that img2img starts from, RGBA
+    mask: Image.Image | None  # 255 where it is to be painted over
+    upload: Image.Image | None
+    softness: float  # pixels
+    columns: int
+
+
+def _uploaded(given: Given) -> Image.Image:
+    if given.upload is None:
+        raise LayerDiffuseError(
+            f"{TITLE} has no change map. Put one into the {FORM.label('map_image')} box, send it as map_image, or "
+            f"choose another source ({FORM.label('source')})."
+        )
+    return given.upload
+
+
+def _masked(given: Given) -> Image.Image:
+    if given.mask is None:
+        raise LayerDiffuseError(
+            f'{TITLE} takes its change map from the inpaint mask ("{MASK}"), but there is none. '
+            "Draw one in the Inpaint tab, send one as mask, or choose another source."
+        )
+    return softened(given.mask, given.softness)
+
+
+def _alpha(curve: Callable[[np.ndarray], np.ndarray]) -> Callable[[Given], Image.Image]:
+    """A map from the softened alpha, `curve` of which says how much changes."""
+
+    def make(given: Given) -> Image.Image:
+        alpha = given.init.getchannel("A")
+        if alpha.getextrema() == (255, 255):
+            raise LayerDiffuseError(
+                f"{TITLE} takes its change map from the transparency of the picture, which has none. "
+                "Start from a picture with transparency, or choose another source."
+            )
+        values = curve(np.asarray(softened(alpha, given.softness), np.float32) / 255)
+        return Image.fromarray((255 * values.clip(0, 1)).round().astype(np.uint8))
+
+    return make
+
+
+def _fan(given: Given) -> Image.Image:
+    """Columns from the weakest change to the full one."""
+    column = np.arange(given.init.width) * given.columns // given.init.width
+    values = np.ceil(255 * (column + 1) / given.columns).astype(np.uint8)
+    return Image.fromarray(np.broadcast_to(values, (given.init.height, given.init.width)).copy())
+
+
+UPLOAD, MASK, FAN = "Uploaded map", "Inpaint mask", "Strength fan"
+
+# Softened, an alpha is 0.5 along the edge, and nearly 0 and 1 at the distance that the softness says.
+SOURCES: Mapping[str, Callable[[Given], Image.Image]] = {
+    UPLOAD: _uploaded,
+    MASK: _masked,
+    "Alpha: edges": _alpha(lambda alpha: 1 - abs(2 * alpha - 1)),
+    "Alpha: inside": _alpha(lambda alpha: 2 * alpha - 1),
+    "Alpha: outside": _alpha(lambda alpha: 1 - 2 * alpha),
+    FAN: _fan,
+}
+
+
+def uses(source: str) -> dict[str, bool]:
+    """Of each control that not all sources need: whether this one does."""
+    return {"map_image": source == UPLOAD, "softness": source not in (UPLOAD, FAN), "columns": source == FAN}
+
+
+def _source(raw: object) -> str:
+    return {name.casefold(): name for name in SOURCES}[str(raw).casefold()]
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Raw values, as the panel and the API send them; the order of the fields is the order of both."""
+
+    enabled: object = control("Enable", False, flag, "true or false")
+    source: object = control("Change map", next(iter(SOURCES)), _source, listed(SOURCES))
+    map_image: object = control("Map", None, image, IMAGE_NEEDS)
+    softness: object = control("Softness", 16, number(0, 256), "a number of pixels from 0 to 256")
+    columns: object = control("Columns", 5, whole(2, 16), "a whole number from 2 to 16")
+
+
+FORM = Form(TITLE, Controls, {})
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is asked of a job, checked."""
+
+    source: str
+    upload: Image.Image | None
+    softness: float
+    columns: int
+
+    @classmethod
+    def parse(cls, args: Sequence[object]) -> Change | None:
+        """From one value per control, or one dict of names; None when off. Raises LayerDiffuseError."""
+        values = FORM.read(args)
+        if values is None:
+            return None
+        return cls(values["source"], values["map_image"], values["softness"], values["columns"])
+
+    @property
+    def infotext(self) -> dict[str, object]:
+        used = uses(self.source)
+        settings = {"softness": self.softness, "columns": self.columns}
+        return {TITLE: self.source} | {f"{TITLE} {name}": value for name, value in settings.items() if used[name]}
+
+    def map(self, init: Image.Image, mask: Image.Image | None) -> Image.Image:
+        """How much of `init` (any mode) changes, where: mode L, 255 is all of it. A mask limits other sources.
+
+        Raises LayerDiffuseError where there is nothing to make a map of, or nothing would change.
+        """
+        upload = self.upload and flattened(on_black(self.upload)).convert("L").resize(init.size)
+        mask = mask and mask.resize(init.size)
+        made = SOURCES[self.source](Given(init.convert("RGBA"), mask, upload, self.softness, self.columns))
+        if mask and self.source != MASK:
+            made = ImageChops.multiply(made, mask)
+        if not made.getbbox():
+            raise LayerDiffuseError(
+                f'The change map ("{self.source}") is black all over: nothing would change. '
+                "White is what changes. More softness widens the edges of an alpha."
+            )
+        return made
+
+    @property
+    def fans(self) -> bool:
+        """Whether its columns are there to choose a strength by."""
+        return self.source == FAN
+
+    def strengths(self, denoising_strength: float) -> list[float]:
+        """Of each column of a strength fan."""
+        return [denoising_strength * (column + 1) / self.columns for column in range(self.columns)]
+
+
+def on_black(upload: Image.Image) -> Image.Image:
+    """A map's transparent parts change nothing."""
+    rgba = upload.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba)
+
+
+def softened(mask: Image.Image, pixels: float) -> Image.Image:
+    """Its edges spread over so many pixels to both sides: two deviations of a Gaussian."""
+    return mask.filter(ImageFilter.GaussianBlur(pixels / 2))
+
+
+def overlay_mask(change: Image.Image, steps: int) -> Image.Image:
+    """Where the edited picture replaces the original: wholly from the change on that one step of sampling makes."""
+    return change.point(lambda value: value and min(255, ceil((value + 0.5) * steps)))
+
+
+def union(changes: Sequence[Image.Image]) -> Image.Image:
+    """Where any of the maps, of one size, changes something."""
+    made = changes[0]
+    for change in changes[1:]:
+        made = ImageChops.lighter(made, change)
+    return made
+
+
+def remaining(sigmas: Sequence[float], sigma: float) -> float:
+    """The part of the sampling that lies ahead at `sigma`: 1 at the first of `sigmas`, 0 at the last.
+
+    sigmas: the sampler's schedule, falling to 0. Values between two of its steps, where second-order samplers look,
+    lie in between.
+    """
+    steps = len(sigmas) - 1
+    return float(np.interp(sigma, sigmas[::-1], np.arange(steps + 1) / steps))
+
+
+def released(change: Tensor, sigmas: Sequence[float], sigma: float) -> Tensor:
+    """What may change at this noise level, as booleans: a map value of m stays for the first 1 - m of the steps.
+
+    Until then both what the UNet sees and what it answers are the original's, so that 0 keeps it exactly, and one value
+    all over is img2img at that part of the strength. The paper holds only what the UNet sees, which gives every pixel
+    one step more.
+    """
+    return (change > 0) & (change >= remaining(sigmas, sigma) - HALF_A_LEVEL)
+
+
+def labelled(picture: Image.Image, texts: Sequence[str]) -> Image.Image:
+    """The picture with texts under its columns, all of one width."""
+    scale = max(1, picture.width // (len(texts) * 40))
+    strip = Image.new("L", (picture.width // scale, STRIP), 0)
+    draw = ImageDraw.Draw(strip)
+    for column, text in enumerate(texts):
+        middle = (column + 0.5) * strip.width / len(texts)
+        draw.text((middle - draw.textlength(text) / 2, 0), text, 255)
+    strip = strip.resize((picture.width, STRIP * scale), Image.Resampling.NEAREST)
+    whole = Image.new("RGB", (picture.width, picture.height + strip.height))
+    whole.paste(picture, (0, 0))
+    whole.paste(strip, (0, picture.height))
+    return whole
+
+
+def map_tensor(changes: Sequence[Image.Image], height: int, width: int) -> Tensor:
+    """Maps as the UNet meets them: [B, 1, height, width] in 0..1, each cell the mean of the pixels it covers."""
+    values = [torch.from_numpy(np.asarray(change, np.float32) / 255)[None, None] for change in changes]
+    return torch.nn.functional.interpolate(torch.cat(values), size=(height, width), mode="area")

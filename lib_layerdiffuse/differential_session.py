@@ -1,0 +1,46 @@
+"""One job of Differential Diffusion, from its change map to its pictures; it lives on the host's job object."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+from lib_layerdiffuse.differential import TITLE, Change, labelled, map_tensor, overlay_mask, released, union
+from lib_layerdiffuse.hosts.base import Host, check_mask, seen
+from lib_layerdiffuse.outputs import on_checkerboard
+from lib_layerdiffuse.tensors import Latent
+
+
+class ChangeSession:
+    """One run of the host's img2img in which each pixel changes as much as a map says."""
+
+    def __init__(self, host: Host, p: Any, change: Change) -> None:
+        """Raises LayerDiffuseError where there is nothing to make a map of."""
+        self.host = host
+        self.change = change
+        mask = host.mask(p)
+        self.maps = [change.map(image, mask) for image in host.init_images(p)]
+        size = self.maps[0].size
+        host.set_mask(p, overlay_mask(union([each.resize(size) for each in self.maps]), host.steps(p)))
+        check_mask(host, p)
+        if refiner := host.refiner(p):
+            host.note(p, f"{TITLE} ends where the refiner takes over: {refiner}.")
+
+    def before_sampling(self, p: Any) -> None:
+        """For each batch."""
+
+        def held(x: Latent, noise: Latent) -> AbstractContextManager[None]:
+            change = map_tensor([seen(self.host, p, each).convert("L") for each in self.maps], *x.shape[2:])
+            return self.host.hold(p, x, noise, partial(released, change))
+
+        self.host.around_sampling(p, "differential", held, lambda latent: None)
+
+    def finish(self, p: Any, processed: Any) -> None:
+        """Show and save a strength fan once more, with the strengths under its columns."""
+        self.host.restore_mask(p)
+        if self.change.fans:
+            texts = [f"{strength:.2f}" for strength in self.change.strengths(p.denoising_strength)]
+            for index, image in enumerate(self.host.pictures(processed)):
+                opaque = on_checkerboard(image) if image.mode == "RGBA" else image
+                self.host.save_extra(p, processed, index, labelled(opaque, texts), "-strengths")
