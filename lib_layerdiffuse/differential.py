@@ -179,10 +179,10 @@ def overlay_mask(change: Image.Image, steps: int) -> Image.Image:
 
 
 def union(changes: Sequence[Image.Image]) -> Image.Image:
-    """Where any of the maps, of one size, changes something."""
+    """Where any of the maps changes something, at the size of the first."""
     made = changes[0]
     for change in changes[1:]:
-        made = ImageChops.lighter(made, change)
+        made = ImageChops.lighter(made, change.resize(made.size))
     return made
 
 

@@ -6,9 +6,12 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
+from PIL import Image, ImageOps
+
 from lib_layerdiffuse.differential import TITLE, Change, labelled, map_tensor, overlay_mask, released, union
 from lib_layerdiffuse.hosts.base import Host, check_mask, seen
-from lib_layerdiffuse.outputs import on_checkerboard
+from lib_layerdiffuse.images import ResizeMode, fit
+from lib_layerdiffuse.outputs import is_marked, on_checkerboard
 from lib_layerdiffuse.tensors import Latent
 
 
@@ -21,8 +24,8 @@ class ChangeSession:
         self.change = change
         mask = host.mask(p)
         self.maps = [change.map(image, mask) for image in host.init_images(p)]
-        size = self.maps[0].size
-        host.set_mask(p, overlay_mask(union([each.resize(size) for each in self.maps]), host.steps(p)))
+        self.masks = [overlay_mask(each, host.steps(p)) for each in self.maps]
+        host.set_mask(p, union(self.masks))
         check_mask(host, p)
         if refiner := host.refiner(p):
             host.note(p, f"{TITLE} ends where the refiner takes over: {refiner}.")
@@ -36,11 +39,21 @@ class ChangeSession:
 
         self.host.around_sampling(p, "differential", held, lambda latent: None)
 
+    def overlay(self, p: Any, index: int, overlay: Image.Image | None) -> Image.Image | None:
+        """What of the original is put over the picture at `index` of the batch; overlay: where no picture changes."""
+        if overlay is None or len(self.masks) == 1:
+            return overlay
+        mode = self.host.init_mode(p) or ResizeMode.JUST_RESIZE
+        image, mask = (fit(each, mode, *overlay.size) for each in (self.host.flat_init(p, index), self.masks[index]))
+        original = image.convert("RGB")
+        original.putalpha(ImageOps.invert(mask.convert("L")))
+        return original
+
     def finish(self, p: Any, processed: Any) -> None:
         """Show and save a strength fan once more, with the strengths under its columns."""
         self.host.restore_mask(p)
         if self.change.fans:
             texts = [f"{strength:.2f}" for strength in self.change.strengths(p.denoising_strength)]
             for index, image in enumerate(self.host.pictures(processed)):
-                opaque = on_checkerboard(image) if image.mode == "RGBA" else image
+                opaque = on_checkerboard(image) if is_marked(image) and image.mode == "RGBA" else image.convert("RGB")
                 self.host.save_extra(p, processed, index, labelled(opaque, texts), "-strengths")

@@ -73,6 +73,11 @@ class DifferentialDiffusion(scripts.Script):
             with ending_job(p):
                 session.before_sampling(p)
 
+    def postprocess_maskoverlay(self, p: Any, ppmo: Any, *args: Any) -> None:
+        if session := getattr(p, "differential", None):
+            with ending_job(p):
+                ppmo.overlay_image = session.overlay(p, p.batch_index, ppmo.overlay_image)
+
     def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
         if session := getattr(p, "differential", None):
             with ending_job(p, processed):
@@ -137,7 +142,7 @@ class LayerDiffuse(scripts.Script):
                 pp.image = session.finish_picture(p, p.batch_index, pp.image)
 
     def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
-        if session := session_of(p):
+        if (session := session_of(p)) and processed.images:  # ADetailer calls this before there are any
             with ending_job(p, processed):
                 session.finish(p, processed)
 

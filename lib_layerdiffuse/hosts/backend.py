@@ -237,6 +237,9 @@ class BackendHost:
     def set_init_images(self, p: Any, init_images: list[Image.Image]) -> None:
         p.init_images = init_images
 
+    def flat_init(self, p: Any, index: int) -> Image.Image:
+        return images.flatten(p.init_images[index % len(p.init_images)], shared.opts.img2img_background_color)
+
     def init_mode(self, p: Any) -> ResizeMode | None:
         return None if p.resize_mode == LATENT_RESIZE else list(ResizeMode)[p.resize_mode]
 

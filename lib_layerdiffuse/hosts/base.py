@@ -103,6 +103,9 @@ class Host(Protocol):
     def set_init_images(self, p: Any, init_images: list[Image.Image]) -> None:
         """Have img2img start from these instead."""
 
+    def flat_init(self, p: Any, index: int) -> Image.Image:
+        """The picture that the one at `index` of a batch starts from, as the host takes it: opaque."""
+
     def init_mode(self, p: Any) -> ResizeMode | None:
         """How they are brought to the size of the picture; None where that happens to their latents."""
 

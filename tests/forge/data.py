@@ -58,8 +58,9 @@ OPTIONS = {
     "save_to_dirs": False,
     "token_merging_ratio": 0.0,
     "overlay_inpaint": True,
+    "img2img_fix_steps": False,
     "forge_unet_storage_dtype": "Automatic",
-    "layerdiffuse_passes": 8,
+    "layerdiffuse_passes": 1,  # all of 8 in the tests that say so
     "layerdiffuse_extras": ["opaque"],
 }
 PROBE_VARIABLE = "LAYERDIFFUSE_PROBE"

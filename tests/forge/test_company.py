@@ -1,8 +1,10 @@
 """Together with what else changes the UNet, the prompt or the sampler."""
 
 import pytest
+from PIL import Image, ImageChops
 
-from tests.forge.client import SD15_ATTENTION, alpha_varies, layerdiffuse, same
+from tests.forge.client import SD15_ATTENTION, alpha_varies, layerdiffuse, same, to_base64
+from tests.forge.test_inpainting import cut_out, equal_where, mask
 
 SMALL = {"width": 64, "height": 64, "steps": 2}
 LORA = {"prompt": "apple <lora:synthetic_lora_sd15:1>"}
@@ -65,3 +67,32 @@ def test_a_users_lora_counts_in_the_layers_too(forge):
     assert not same(forge.picture(LORA), plain)
     assert same(forge.picture(layerdiffuse(SD15_ATTENTION), LORA), both)
     assert same(forge.picture(), plain)
+
+
+DETAILER = {"alwayson_scripts": {"LayerDiffuse test detailer": {"args": [True]}}}
+
+
+def test_a_detailer_s_edit_is_kept_and_so_is_the_alpha(forge):
+    before = forge.txt2img(layerdiffuse(SD15_ATTENTION), SMALL)
+    after = forge.txt2img(layerdiffuse(SD15_ATTENTION), SMALL, DETAILER)
+    assert after.status == 200, after.body
+    assert same(before.images[0].getchannel("A"), after.images[0].getchannel("A"))
+    middle = Image.new("L", (64, 64))
+    middle.paste(255, (16, 16, 48, 48))
+    outside = ImageChops.invert(middle)
+    painted = [answer.images[1].convert("RGBA") for answer in (before, after)]
+    assert equal_where(*painted, outside) == 1 and equal_where(*painted, middle) < 0.1
+    assert equal_where(before.images[0], after.images[0], outside) == 1
+    edited = after.images[0].convert("RGB").crop((20, 20, 44, 44))
+    assert same(edited, after.images[1].crop((20, 20, 44, 44)))
+
+
+def test_a_detailer_in_inpainting(forge):
+    """What it changes outside the mask does not count, inside its colour does."""
+    picture, white = cut_out((64, 64)), mask((64, 64))
+    request = {"mask": to_base64(white), "mask_blur": 0, "inpainting_fill": 1, "inpaint_full_res": False}
+    answer = forge.img2img(picture, layerdiffuse(SD15_ATTENTION), SMALL, DETAILER, request)
+    assert answer.status == 200, answer.body
+    assert equal_where(answer.images[0], picture, ImageChops.invert(white)) == 1
+    both = mask((64, 64), box=(0.55, 0.3, 0.7, 0.7))
+    assert equal_where(answer.images[0].convert("RGB"), answer.images[1], both) == 1

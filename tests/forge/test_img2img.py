@@ -40,12 +40,6 @@ def soft_disc():
     return image
 
 
-@pytest.fixture(autouse=True)
-def one_pass(forge):
-    with forge.options(layerdiffuse_passes=1):
-        yield
-
-
 @pytest.mark.parametrize(
     "mode",
     ["RGBA", "RGB", "LA", pytest.param("L", marks=pytest.mark.full), pytest.param("P", marks=pytest.mark.full)],

@@ -36,15 +36,10 @@ def inpainted(forge, picture, white, *fields, **more):
 
 def equal_where(first, second, white):
     """The part of the white pixels where two pictures are the same, bit for bit."""
-    pairs = zip(*(image.tobytes() for image in (*first.split(), *second.split(), white)))
-    equal = [pixel[:4] == pixel[4:8] for pixel in pairs if pixel[8]]
+    pixels = zip(*(image.tobytes() for image in (*first.split(), *second.split(), white)), strict=True)
+    count = len(first.getbands())
+    equal = [pixel[:count] == pixel[count:-1] for pixel in pixels if pixel[-1]]
     return sum(equal) / len(equal)
-
-
-@pytest.fixture(autouse=True)
-def one_pass(forge):
-    with forge.options(layerdiffuse_passes=1):
-        yield
 
 
 full = pytest.mark.full

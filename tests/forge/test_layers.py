@@ -172,6 +172,7 @@ def test_foreground_composed_over_the_background(forge):
 # --- sizes ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_any_size(forge):
     answer = forge.txt2img(layers(SD15_FG_TO_BG), width=520, height=328)
     assert [image.size for image in pictures_of(answer, SD15_FG_TO_BG, 1)] == [(520, 328)] * 2

@@ -76,8 +76,8 @@ def test_all_that_goes_beside_a_picture(forge, expected):
 
 def test_nothing_else_is_saved_where_nothing_else_is_wanted(forge):
     before = forge.saved_files()
-    with forge.options(layerdiffuse_extras=[], layerdiffuse_passes=1):
+    with forge.options(layerdiffuse_extras=[], layerdiffuse_passes=8):
         answer = forge.txt2img(layerdiffuse(SD15_ATTENTION), save_images=True)
     assert [image.mode for image in answer.images] == ["RGBA"]
     assert len(forge.saved_files() - before) == 1
-    assert "LayerDiffuse passes: 1" in answer.infotexts[0]
+    assert "LayerDiffuse passes: 8" in answer.infotexts[0]

@@ -21,9 +21,17 @@ def table():
     return {Case(**entry["case"]): entry["latents"] for entry in table["entries"]}
 
 
+def marks(case):
+    """Quick is the first case of each method."""
+    if case.checkpoint == "sdxl":
+        yield pytest.mark.sdxl
+    if case is not next(first for first in CASES if first.method == case.method):
+        yield pytest.mark.full
+
+
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, id=case.name, marks=[pytest.mark.sdxl] if case.checkpoint == "sdxl" else []) for case in CASES],
+    [pytest.param(case, id=case.name, marks=list(marks(case))) for case in CASES],
 )
 def test_latents_are_those_of_the_existing_extension(forge, table, case):
     expected = table[case]
