@@ -67,7 +67,9 @@ def panel(tab: str) -> list[Any]:
 
 CHANGE_PARTS: Mapping[str, Callable[[], Any]] = {
     "source": lambda: gr.Dropdown(list(SOURCES), value=CHANGES.source, label="Change map"),
-    "map_image": lambda: image_box(label="Map: white changes, black stays (the paper has it the other way round)"),
+    "map_image": lambda: image_box(
+        label="Map: white changes, black stays (the paper has it the other way round)", height=320
+    ),
     "softness": lambda: gr.Slider(0, 256, value=CHANGES.softness, step=1, label="Softness (pixels)"),
     "columns": lambda: gr.Slider(2, 16, value=CHANGES.columns, step=1, label="Columns"),
 }

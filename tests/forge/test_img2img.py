@@ -98,13 +98,13 @@ def test_a_size_that_64_does_not_divide(forge):
 
 @pytest.mark.full
 def test_tiled_vae_keeps_alpha(forge):
-    """Never OOM's script switches it on for good, so this switches it off again."""
-    tiled = merged(TRANSPARENT, {"alwayson_scripts": {"Never OOM Integrated": {"args": [False, True]}}})
-    untiled = merged(TRANSPARENT, {"alwayson_scripts": {"Never OOM Integrated": {"args": [False, False]}}})
-    opaque = Image.alpha_composite(Image.new("RGBA", (64, 64), (127, 127, 127, 255)), disc())
-    pictures = [forge.img2img(init, tiled) for init in (disc(), opaque)]
-    pictures.append(forge.img2img(disc(), untiled))
-    assert all_different([answer.images[0] for answer in pictures])
+    """At a size that Forge's tiles can do. The last job switches them off again, which else stay."""
+    size = {"width": 256, "height": 256, "steps": 1}
+    tiled, untiled = ({"alwayson_scripts": {"Never OOM Integrated": {"args": [False, on]}}} for on in (True, False))
+    opaque = Image.alpha_composite(Image.new("RGBA", (256, 256), (127, 127, 127, 255)), disc(size=(256, 256)))
+    jobs = ((disc(size=(256, 256)), tiled), (opaque, tiled), (disc(size=(256, 256)), untiled))
+    answers = [forge.img2img(init, TRANSPARENT, size, how) for init, how in jobs]
+    assert all_different([answer.images[0] for answer in answers])
 
 
 def test_layers_start_from_one_picture(forge):
