@@ -16,7 +16,6 @@ from torch import Tensor
 
 from lib_layerdiffuse.controls import IMAGE_NEEDS, Form, control, flag, image, number, whole
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.images import flattened
 from lib_layerdiffuse.methods import listed
 
 TITLE = "Differential Diffusion"
@@ -140,7 +139,7 @@ class Change:
 
         Raises LayerDiffuseError where there is nothing to make a map of, or nothing would change.
         """
-        upload = self.upload and flattened(on_black(self.upload)).convert("L").resize(init.size)
+        upload = self.upload and on_black(self.upload).convert("L").resize(init.size)
         mask = mask and mask.resize(init.size)
         made = SOURCES[self.source](Given(init.convert("RGBA"), mask, upload, self.softness, self.columns))
         if mask and self.source != MASK:

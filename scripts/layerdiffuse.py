@@ -79,7 +79,7 @@ class DifferentialDiffusion(scripts.Script):
                 ppmo.overlay_image = session.overlay(p, p.batch_index, ppmo.overlay_image)
 
     def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
-        if session := getattr(p, "differential", None):
+        if (session := getattr(p, "differential", None)) and processed.images:
             with ending_job(p, processed):
                 session.finish(p, processed)
 

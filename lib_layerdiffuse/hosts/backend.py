@@ -425,7 +425,9 @@ class BackendHost:
         image.already_saved_as = saved  # type: ignore[attr-defined]
 
     def pictures(self, processed: Any) -> list[Image.Image]:
-        return processed.images[processed.index_of_first_image :]
+        first = processed.index_of_first_image
+        images = processed.images[first:]
+        return images[:: len(images) // len(processed.infotexts[first:])]  # masks may follow, without infotexts
 
     def save_extra(self, p: Any, processed: Any, index: int, picture: Image.Image, suffix: str) -> None:
         processed.extra_images.append(picture)

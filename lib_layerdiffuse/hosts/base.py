@@ -143,7 +143,7 @@ class Host(Protocol):
         """What the host makes of a sampled picture: put in its place, with what was not painted over it."""
 
     def pictures(self, processed: Any) -> list[Image.Image]:
-        """What the job made, without a grid of them."""
+        """What the job made, without a grid of them, and without masks."""
 
     def save_extra(self, p: Any, processed: Any, index: int, picture: Image.Image, suffix: str) -> None:
         """Show a picture behind the others, and save it like the one at `index`, its name ending with `suffix`."""

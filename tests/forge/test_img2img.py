@@ -10,6 +10,7 @@ from tests.forge import data
 from tests.forge.client import (
     SD15_ATTENTION,
     SD15_JOINT,
+    SDXL_ATTENTION,
     all_different,
     alpha_varies,
     differential,
@@ -104,6 +105,14 @@ def test_tiled_vae_keeps_alpha(forge):
     opaque = Image.alpha_composite(Image.new("RGBA", (256, 256), (127, 127, 127, 255)), disc(size=(256, 256)))
     jobs = ((disc(size=(256, 256)), tiled), (opaque, tiled), (disc(size=(256, 256)), untiled))
     answers = [forge.img2img(init, TRANSPARENT, size, how) for init, how in jobs]
+    assert all_different([answer.images[0] for answer in answers])
+
+
+@pytest.mark.sdxl
+def test_sdxl(forge):
+    opaque = Image.alpha_composite(Image.new("RGBA", (64, 64), (127, 127, 127, 255)), disc())
+    answers = [forge.img2img(init, layerdiffuse(SDXL_ATTENTION), SMALL) for init in (disc(), opaque)]
+    assert all(alpha_varies(answer.images[0]) for answer in answers)
     assert all_different([answer.images[0] for answer in answers])
 
 
