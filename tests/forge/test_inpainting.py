@@ -68,8 +68,7 @@ def test_outside_the_mask_nothing_changes(forge, area, fill):
     assert equal_where(result, picture, white) < 0.05
 
 
-@full
-@pytest.mark.parametrize("area", [WHOLE, ONLY_MASKED])
+@pytest.mark.parametrize("area", [pytest.param(WHOLE, marks=full), ONLY_MASKED])
 def test_any_size(forge, area):
     picture, white = cut_out((328, 520)), mask((328, 520))
     result = inpainted(forge, picture, white, area, width=328, height=520).images[0]
