@@ -59,12 +59,12 @@ def anything(raw: Any) -> object:
 IMAGE_NEEDS = "a whole PNG, JPG or WebP file in base64, or a data URL"
 
 
-def control(label: str, default: object, parse: Callable[[Any], object], needs: str = "") -> Any:
+def control(label: str, default: object, parse: Callable[[Any], object], needs: str = "", *, infotext: str = "") -> Any:
     """A field of a dataclass of controls: its name in the panel, and how a value is read.
 
-    `needs` ends the sentence for a wrong one.
+    `needs` ends the sentence for a wrong one; `infotext` is what the value is called among a picture's parameters.
     """
-    return field(default=default, metadata={"label": label, "parse": parse, "needs": needs})
+    return field(default=default, metadata={"label": label, "parse": parse, "needs": needs, "infotext": infotext})
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class Form:
     title: str
     controls: type
     aliases: Mapping[str, str]
+    infotext_aliases: Mapping[str, str]  # the same for infotexts
 
     def read(self, args: Sequence[object]) -> dict[str, Any] | None:
         """Every control's value, from one value per control or one dict of names; None, and no further look, when off.
@@ -93,6 +94,29 @@ class Form:
     def label(self, name: str) -> str:
         """The control's name in the panel."""
         return self._rows[name].metadata["label"]
+
+    def infotext(self, name: str) -> str:
+        """What the control's value is called among a picture's parameters."""
+        return self._rows[name].metadata["infotext"]
+
+    def pasted(self, name: str, parameters: Mapping[str, Any]) -> Any:
+        """The control's value in a picture's parameters; None, which leaves it as it is, where they do not say.
+
+        Parameters of a picture that was made without this switch it off; a setting that is not written had its default.
+        """
+        found = {self.infotext_aliases.get(key, key): value for key, value in parameters.items()}
+        switch = next(key for row in self._rows.values() if (key := row.metadata["infotext"]))
+        if name == "enabled":
+            return switch in found
+        key = self.infotext(name)
+        if switch not in found or not key:
+            return None
+        raw = found.get(key, self._rows[name].default)
+        try:
+            value = self._parsed(name, {name: raw})
+        except LayerDiffuseError:
+            return None
+        return value if isinstance(value, (int, float)) else getattr(value, "label", raw)
 
     @property
     def _rows(self) -> dict[str, Any]:

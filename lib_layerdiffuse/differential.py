@@ -102,13 +102,15 @@ class Controls:
     """Raw values, as the panel and the API send them; the order of the fields is the order of both."""
 
     enabled: object = control("Enable", False, flag, "true or false")
-    source: object = control("Change map", next(iter(SOURCES)), _source, listed(SOURCES))
+    source: object = control("Change map", next(iter(SOURCES)), _source, listed(SOURCES), infotext=TITLE)
     map_image: object = control("Map", None, image, IMAGE_NEEDS)
-    softness: object = control("Softness", 16, number(0, 256), "a number of pixels from 0 to 256")
-    columns: object = control("Columns", 5, whole(2, 16), "a whole number from 2 to 16")
+    softness: object = control(
+        "Softness", 16, number(0, 256), "a number of pixels from 0 to 256", infotext=f"{TITLE} softness"
+    )
+    columns: object = control("Columns", 5, whole(2, 16), "a whole number from 2 to 16", infotext=f"{TITLE} columns")
 
 
-FORM = Form(TITLE, Controls, {})
+FORM = Form(TITLE, Controls, {}, {})
 
 
 @dataclass(frozen=True)
@@ -130,9 +132,9 @@ class Change:
 
     @property
     def infotext(self) -> dict[str, object]:
-        used = uses(self.source)
-        settings = {"softness": self.softness, "columns": self.columns}
-        return {TITLE: self.source} | {f"{TITLE} {name}": value for name, value in settings.items() if used[name]}
+        used = {"source": True, **uses(self.source)}
+        values = {"source": self.source, "softness": self.softness, "columns": self.columns}
+        return {FORM.infotext(name): value for name, value in values.items() if used[name]}
 
     def map(self, init: Image.Image, mask: Image.Image | None) -> Image.Image:
         """How much of `init` (any mode) changes, where: mode L, 255 is all of it. A mask limits other sources.

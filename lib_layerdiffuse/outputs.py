@@ -14,9 +14,6 @@ from lib_layerdiffuse.images import Box, ResizeMode, checkerboard, fit, over, to
 from lib_layerdiffuse.methods import Layer
 from lib_layerdiffuse.tensors import Rgb
 
-# Infotext key that marks a picture as ours, also when it comes back from a file.
-METHOD_KEY = "LayerDiffuse method"
-
 # Formats whose files, as web UIs write them, give back the same pixels and alpha: they turn RGBA into RGB for JPG and
 # WebP, and compress AVIF with loss.
 LOSSLESS = (".png",)

@@ -16,23 +16,42 @@ class Controls:
     """Raw values, as the panel and the API send them; the order of the fields is the order of both."""
 
     enabled: object = control("Enable", False, flag, "true or false")
-    method: object = control("Method", DEFAULT_METHOD.label, find_method)
-    weight: object = control("Weight", 1.0, number(0, 2), "a number from 0 to 2")
-    ending_step: object = control("Stop At", 1.0, number(0, 1), "a number from 0 to 1")
+    method: object = control("Method", DEFAULT_METHOD.label, find_method, infotext="LayerDiffuse method")
+    weight: object = control("Weight", 1.0, number(0, 2), "a number from 0 to 2", infotext="LayerDiffuse weight")
+    ending_step: object = control("Stop At", 1.0, number(0, 1), "a number from 0 to 1", infotext="LayerDiffuse stop at")
     fg_image: object = control("Foreground", None, image, IMAGE_NEEDS)
     bg_image: object = control("Background", None, image, IMAGE_NEEDS)
     blend_image: object = control("Blending", None, image, IMAGE_NEEDS)
     resize_mode: object = control(
-        "Resize Mode", "Crop and Resize", ResizeMode, listed(mode.value for mode in ResizeMode)
+        "Resize Mode",
+        "Crop and Resize",
+        ResizeMode,
+        listed(mode.value for mode in ResizeMode),
+        infotext="LayerDiffuse resize mode",
     )
     output_origin: object = control("Output Original", False, anything)  # without effect; older calls send it
-    fg_prompt: object = control("Foreground Prompt", "", text, "text")
-    bg_prompt: object = control("Background Prompt", "", text, "text")
-    blend_prompt: object = control("Blending Prompt", "", text, "text")
-    starting_step: object = control("Start At", 0.0, number(0, 1), "a number from 0 to 1")
+    fg_prompt: object = control("Foreground Prompt", "", text, "text", infotext="LayerDiffuse foreground prompt")
+    bg_prompt: object = control("Background Prompt", "", text, "text", infotext="LayerDiffuse background prompt")
+    blend_prompt: object = control("Blending Prompt", "", text, "text", infotext="LayerDiffuse blend prompt")
+    starting_step: object = control(
+        "Start At", 0.0, number(0, 1), "a number from 0 to 1", infotext="LayerDiffuse start at"
+    )
 
 
-FORM = Form("LayerDiffuse", Controls, {"start_at": "starting_step", "stop_at": "ending_step"})
+FORM = Form(
+    "LayerDiffuse",
+    Controls,
+    {"start_at": "starting_step", "stop_at": "ending_step"},
+    {  # as the older extension wrote them
+        "layerdiffusion_method": "LayerDiffuse method",
+        "layerdiffusion_weight": "LayerDiffuse weight",
+        "layerdiffusion_ending_step": "LayerDiffuse stop at",
+        "layerdiffusion_resize_mode": "LayerDiffuse resize mode",
+        "layerdiffusion_fg_additional_prompt": "LayerDiffuse foreground prompt",
+        "layerdiffusion_bg_additional_prompt": "LayerDiffuse background prompt",
+        "layerdiffusion_blend_additional_prompt": "LayerDiffuse blend prompt",
+    },
+)
 
 
 @dataclass(frozen=True)

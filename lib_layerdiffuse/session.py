@@ -35,7 +35,7 @@ from lib_layerdiffuse.nets.decoder import TransparentDecoder
 from lib_layerdiffuse.nets.encoder import TransparentEncoder
 from lib_layerdiffuse.notes import notes, sampler_for
 from lib_layerdiffuse.outputs import EXTRAS, OPAQUE, RGBA, Picture, host_pixels, make_extras
-from lib_layerdiffuse.request import Request
+from lib_layerdiffuse.request import FORM, Request
 from lib_layerdiffuse.tensors import Latent, Rgb, Rgba
 from lib_layerdiffuse.vae import LATENT_STRIDE, TransparentVAE, is_out_of_memory
 from lib_layerdiffuse.weights import REPLACE, WeightLibrary, fingerprint, read_tensors
@@ -231,20 +231,17 @@ class Session:
     @property
     def infotext(self) -> dict[str, Any]:
         request = self.request
-        text: dict[str, Any] = {
-            outputs.METHOD_KEY: self.method.label,
-            "LayerDiffuse weight": request.weight,
-            "LayerDiffuse stop at": request.ending_step,
-        }
+        values = {"method": self.method.label, "weight": request.weight, "ending_step": request.ending_step}
         if request.starting_step:
-            text["LayerDiffuse start at"] = request.starting_step
-        if self.vae:
-            text["LayerDiffuse passes"] = self.passes
+            values["starting_step"] = request.starting_step
         if self.method.inputs:
-            text["LayerDiffuse resize mode"] = request.resize_mode.value
+            values["resize_mode"] = request.resize_mode.value
         for layer, prompt in request.prompts.items():
             if layer in self.method.outputs:
-                text[f"LayerDiffuse {layer.word} prompt"] = prompt
+                values[f"{layer.value}_prompt"] = prompt
+        text: dict[str, Any] = {FORM.infotext(name): value for name, value in values.items()}
+        if self.vae:
+            text["LayerDiffuse passes"] = self.passes
         if self.method.frames > 1:
             text |= self._of_frames()
         return text

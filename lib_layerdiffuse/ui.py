@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from modules import shared
 from modules.ui_components import InputAccordion
 
 from lib_layerdiffuse import differential
+from lib_layerdiffuse.controls import Form
 from lib_layerdiffuse.differential import SOURCES
 from lib_layerdiffuse.images import ResizeMode
 from lib_layerdiffuse.methods import METHODS, Layer, Method, find_method
@@ -103,6 +104,12 @@ def visible(method: Method) -> dict[str, bool]:
     images = {f"{layer.value}_image": layer in method.inputs for layer in Layer}
     prompts = {f"{layer.value}_prompt": layer in method.outputs for layer in Layer}
     return {**images, **prompts, "resize_mode": bool(method.inputs)}
+
+
+def paste_fields(form: Form, components: Sequence[Any]) -> list[tuple[Any, Callable[[Mapping[str, Any]], Any]]]:
+    """How the web UI puts a picture's parameters back into the panel's components."""
+    names = (field.name for field in fields(form.controls))
+    return [(component, partial(form.pasted, name)) for name, component in zip(names, components, strict=True)]
 
 
 def notice(tab: str, text: str) -> list[Any]:

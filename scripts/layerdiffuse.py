@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from modules import script_callbacks, scripts
 
-from lib_layerdiffuse import differential, hosts, outputs, ui
+from lib_layerdiffuse import differential, hosts, outputs, request, ui
 from lib_layerdiffuse.differential import Change
 from lib_layerdiffuse.differential_session import ChangeSession
 from lib_layerdiffuse.errors import LayerDiffuseError
@@ -28,6 +28,10 @@ try:
     unsupported = ""
 except LayerDiffuseError as error:
     unsupported = str(error)
+
+
+# In its infotext, this marks a picture as ours, also when it comes back from a file.
+METHOD_KEY = request.FORM.infotext("method")
 
 
 @contextmanager
@@ -58,7 +62,9 @@ class DifferentialDiffusion(scripts.Script):
         return scripts.AlwaysVisible if is_img2img and not unsupported else False
 
     def ui(self, is_img2img: bool) -> list[Any]:
-        return ui.change_panel()
+        components = ui.change_panel()
+        self.infotext_fields = ui.paste_fields(differential.FORM, components)
+        return components
 
     def process(self, p: Any, *args: Any) -> None:
         p.differential = None
@@ -93,16 +99,20 @@ class LayerDiffuse(scripts.Script):
 
     def ui(self, is_img2img: bool) -> list[Any]:
         tab = "img2img" if is_img2img else "txt2img"
-        return ui.notice(tab, unsupported) if unsupported else ui.panel(tab)
+        if unsupported:
+            return ui.notice(tab, unsupported)
+        components = ui.panel(tab)
+        self.infotext_fields = ui.paste_fields(request.FORM, components)
+        return components
 
     def process(self, p: Any, *args: Any) -> None:
         p.layerdiffuse = None  # scripts such as X/Y/Z plot run a copy of a `p` that has run before
         if unsupported or by_detailer(p):
             return
         with ending_job(p):
-            request = getattr(p, "layerdiffuse_request", None) or Request.parse(args)
-            if request:
-                p.layerdiffuse = workshop.open(p, request)
+            asked = getattr(p, "layerdiffuse_request", None) or Request.parse(args)
+            if asked:
+                p.layerdiffuse = workshop.open(p, asked)
                 p.extra_generation_params.update(p.layerdiffuse.infotext)
 
     def before_process_init_images(self, p: Any, pp: Any, *args: Any, **kwargs: Any) -> None:
@@ -149,7 +159,7 @@ class LayerDiffuse(scripts.Script):
 
 def needs_png(params: Any) -> bool:
     """Whether the host is about to save a transparent picture or mask of ours, perhaps from the gallery again."""
-    return params.image.mode != "RGB" and outputs.METHOD_KEY in (params.pnginfo.get("parameters") or "")
+    return params.image.mode != "RGB" and METHOD_KEY in (params.pnginfo.get("parameters") or "")
 
 
 def must_keep_pixels(params: Any) -> bool:

@@ -16,7 +16,7 @@ from PIL import Image
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.images import ResizeMode
 from lib_layerdiffuse.methods import DEFAULT_METHOD, METHODS, Layer, Method, Step
-from lib_layerdiffuse.request import Controls, Request
+from lib_layerdiffuse.request import FORM, Controls, Request
 
 NAMES = [row.name for row in fields(Controls)]
 DEFAULTS = [getattr(Controls(), name) for name in NAMES]
@@ -522,3 +522,64 @@ def test_any_damage_to_a_file_ends_in_a_request_or_a_sentence(data: bytes, place
     at = int(place * (len(data) - 1))
     check_outcome([{"fg_image": in_base64(data[:at])}])
     check_outcome([{"fg_image": in_base64(data[:at] + bytes([value]) + data[at + 1 :])}])
+
+
+# --- back from a picture's parameters ---------------------------------------------------------------------------
+
+PARAMETERS = {"Steps": "20", "LayerDiffuse method": METHODS[3].label, "LayerDiffuse weight": "0.5"}
+OLDER = {
+    "layerdiffusion_enabled": "True",
+    "layerdiffusion_method": METHODS[1].label,
+    "layerdiffusion_weight": "0.8",
+    "layerdiffusion_ending_step": "0.5",
+    "layerdiffusion_fg_image": "True",
+    "layerdiffusion_resize_mode": "Resize and Fill",
+    "layerdiffusion_bg_additional_prompt": "a table",
+}
+
+
+def pasted(parameters: dict[str, object]) -> dict[str, object]:
+    return {field.name: FORM.pasted(field.name, parameters) for field in fields(Controls)}
+
+
+def test_settings_come_back_and_those_that_are_not_written_had_their_defaults() -> None:
+    images_and_origin = dict.fromkeys(("fg_image", "bg_image", "blend_image", "output_origin"))
+    assert pasted(PARAMETERS) == images_and_origin | {
+        "enabled": True,
+        "method": METHODS[3].label,
+        "weight": 0.5,
+        "ending_step": 1.0,
+        "starting_step": 0.0,
+        "resize_mode": "Crop and Resize",
+        "fg_prompt": "",
+        "bg_prompt": "",
+        "blend_prompt": "",
+    }
+
+
+def test_an_ordinary_picture_switches_it_off_and_leaves_the_rest() -> None:
+    assert pasted({"Steps": "20"}) == dict.fromkeys(field.name for field in fields(Controls)) | {"enabled": False}
+
+
+def test_settings_that_the_older_extension_wrote_come_back() -> None:
+    back = pasted(OLDER)
+    assert back["enabled"] is True and back["method"] == METHODS[1].label and back["fg_image"] is None
+    assert (back["weight"], back["ending_step"], back["starting_step"]) == (0.8, 0.5, 0.0)
+    assert (back["resize_mode"], back["bg_prompt"], back["fg_prompt"]) == ("Resize and Fill", "a table", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "raw"),
+    [
+        ("method", "LayerDiffuse method", "(Flux) A method of tomorrow"),
+        ("weight", "LayerDiffuse weight", "3"),
+        ("weight", "LayerDiffuse weight", "much"),
+        ("resize_mode", "LayerDiffuse resize mode", "2"),
+    ],
+)
+def test_what_means_nothing_leaves_the_panel_as_it_is(name: str, key: str, raw: str) -> None:
+    assert FORM.pasted(name, PARAMETERS | {key: raw}) is None
+
+
+def test_a_method_comes_back_by_its_label() -> None:
+    assert FORM.pasted("method", {"LayerDiffuse method": METHODS[0].key}) == METHODS[0].label
