@@ -1,6 +1,8 @@
-"""What a person should know about a request that can run: shown with the result."""
+"""What a person should know about a request that can run, and about what came out of it: shown with the result."""
 
 from collections.abc import Iterator
+
+from PIL import Image
 
 from lib_layerdiffuse.methods import Layer
 from lib_layerdiffuse.outputs import alpha_range
@@ -10,6 +12,13 @@ ALPHA_NOTES = {  # by the lowest and the highest alpha of a foreground
     (255, 255): "The foreground image has no transparency: it covers the whole picture.",
     (0, 0): "The foreground image is fully transparent: there is nothing of it to be seen.",
 }
+# Of a picture that came out: where hardly a pixel is on one side of this alpha, it is all on the other.
+NEARLY_OPAQUE, NEARLY_EMPTY = 230, 25
+HARDLY_ANY = 0.01  # of the pixels
+HELP = (
+    "What helps: a single subject and a plain grey background in the prompt, another sampler, the conv method, or a "
+    "checkpoint nearer to the base model."
+)
 SUBSTITUTE = "Euler a"  # what the authors of the weights advise where DPM samplers give artifacts
 
 
@@ -34,6 +43,17 @@ def notes(request: Request, width: int, height: int, sampler: str) -> Iterator[s
     for step in method.steps:
         if sampler_for(step.avoids, sampler) != sampler:
             yield f"{sampler} gives artifacts in the step {step.key}, which was sampled with {SUBSTITUTE}."
+
+
+def alpha_note(picture: Image.Image) -> str | None:
+    """A sentence about an RGBA picture that has hardly anything transparent, or hardly anything else."""
+    histogram = picture.getchannel("A").histogram()
+    few = HARDLY_ANY * sum(histogram)
+    if sum(histogram[:NEARLY_OPAQUE]) < few:
+        return f"The picture came out opaque: hardly any of it is transparent. {HELP}"
+    if sum(histogram[NEARLY_EMPTY:]) < few:
+        return f"The picture came out empty: nearly all of it is transparent. {HELP}"
+    return None
 
 
 def sampler_for(avoids: str, sampler: str) -> str:

@@ -33,7 +33,7 @@ from lib_layerdiffuse.injection import Injection, WeightPatch, load_injection
 from lib_layerdiffuse.methods import DECODERS, ENCODERS, Family, Layer, Method, find_method
 from lib_layerdiffuse.nets.decoder import TransparentDecoder
 from lib_layerdiffuse.nets.encoder import TransparentEncoder
-from lib_layerdiffuse.notes import notes, sampler_for
+from lib_layerdiffuse.notes import alpha_note, notes, sampler_for
 from lib_layerdiffuse.outputs import EXTRAS, OPAQUE, RGBA, Picture, host_pixels, make_extras
 from lib_layerdiffuse.request import FORM, Request
 from lib_layerdiffuse.tensors import Latent, Rgb, Rgba
@@ -385,6 +385,8 @@ class Session:
         image, sources = shown, {}
         if decoded := self._decoded[index]:
             image = self._transparent(p, index, *decoded, shown)
+            if note := alpha_note(image):
+                self.host.note(p, note)
             sources = {RGBA: image, OPAQUE: shown}
         self.images.append(image)
         if len(self.images) % self.method.frames == 0:

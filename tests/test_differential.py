@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from lib_layerdiffuse.differential import (
     FAN,
+    FORM,
     MASK,
     SOURCES,
     TITLE,
@@ -894,3 +895,13 @@ def test_a_cell_is_held_to_the_end_only_where_all_its_pixels_are_and_free_at_onc
     sigmas = [first, 0.5, 0.2, last]
     assert released(change, sigmas, first).flatten().tolist() == [False, False, False, True]
     assert released(change, sigmas, last).flatten().tolist() == [True, False, True, True]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_settings_come_back_from_the_infotext(source):
+    change = change_of(source, upload=Image.new("L", (2, 2)), softness=9, columns=3)
+    parameters = {key: str(value) for key, value in change.infotext.items()}
+    back = {name: FORM.pasted(name, parameters) for name in ("enabled", "source", "softness", "columns", "map_image")}
+    used = uses(source)
+    expected = {"softness": 9 if used["softness"] else 16, "columns": 3 if used["columns"] else 5}
+    assert back == {"enabled": True, "source": source, "map_image": None, **expected}

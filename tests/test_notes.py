@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from lib_layerdiffuse.methods import METHODS, Layer, Method, find_method
-from lib_layerdiffuse.notes import notes, sampler_for
+from lib_layerdiffuse.notes import alpha_note, notes, sampler_for
 from lib_layerdiffuse.request import Request
 
 SIZE = (8, 6)
@@ -121,3 +121,28 @@ def test_everything_there_is_to_say() -> None:
     for part in ("no foreground image", "background prompt was not used", "of 4x4", DPM):
         assert only([note for note in found if part in note], part)
     assert len(found) == 4
+
+
+def with_alphas(*parts: tuple[int, int]) -> Image.Image:
+    """A picture of 100x100 pixels, for each part its alpha and its number of pixels."""
+    alpha = Image.frombytes("L", (100, 100), b"".join(bytes([value]) * count for value, count in parts))
+    return Image.merge("RGBA", [alpha] * 4)
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        (((255, 10000),), "opaque"),
+        (((240, 9950), (0, 50)), "opaque"),
+        (((255, 9800), (0, 200)), None),
+        (((128, 10000),), None),
+        (((0, 9800), (255, 200)), None),
+        (((10, 9950), (255, 50)), "empty"),
+        (((0, 10000),), "empty"),
+    ],
+)
+def test_pictures_without_a_subject_or_without_transparency_are_noted(
+    parts: Sequence[tuple[int, int]], said: str | None
+) -> None:
+    note = alpha_note(with_alphas(*parts))
+    assert note is None if said is None else note and f"came out {said}" in note and "plain grey background" in note

@@ -839,3 +839,15 @@ def test_a_picture_enlarged_since_has_no_original_at_its_size():
     work.before_overlay(0, overlay_of(init, mask))
     image = work.finish_picture(p, 0, Image.new("RGB", (32, 32), (1, 2, 3)))
     assert image.getcolors() == [(32 * 32, (1, 2, 3, 102))]
+
+
+@pytest.mark.parametrize(("value", "said"), [(2.0, "came out opaque"), (1.0, None), (0.0, "came out empty")])
+def test_a_picture_without_a_subject_or_without_transparency_is_noted(value, said):
+    host = SmallHost()
+    work = session(host)
+    p = job([torch.full((1, 4, 2, 2), value)])
+    work.before_sampling(p)
+    [pixel] = pixels(1)
+    work.decode_batch(p, [pixel])
+    work.finish_picture(p, 0, shown(pixel))
+    assert [said in note for note in host.notes] == ([True] if said else [])
