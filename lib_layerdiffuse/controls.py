@@ -76,11 +76,11 @@ class Form:
     aliases: Mapping[str, str]
     infotext_aliases: Mapping[str, str]  # the same for infotexts
 
-    def read(self, args: Sequence[object]) -> dict[str, Any] | None:
+    def read(self, args: Sequence[object], changed: Mapping[str, object]) -> dict[str, Any] | None:
         """Every control's value, from one value per control or one dict of names; None, and no further look, when off.
 
         Null counts as not given. The web UI lays the posted list over its own defaults: behind a dict in the first
-        place stand only those defaults. Raises LayerDiffuseError.
+        place stand only those defaults. changed: values by name that go before them. Raises LayerDiffuseError.
         """
         if args and isinstance(args[0], Mapping):
             given = {"enabled": True} | self._named(args[0].items())
@@ -89,6 +89,7 @@ class Form:
         if not self._parsed("enabled", given):
             return None
         self._refuse_unknown(args, given)
+        given |= changed
         return {name: self._parsed(name, given) for name in self._rows}
 
     def label(self, name: str) -> str:

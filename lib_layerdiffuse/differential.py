@@ -125,7 +125,7 @@ class Change:
     @classmethod
     def parse(cls, args: Sequence[object]) -> Change | None:
         """From one value per control, or one dict of names; None when off. Raises LayerDiffuseError."""
-        values = FORM.read(args)
+        values = FORM.read(args, {})
         if values is None:
             return None
         return cls(values["source"], values["map_image"], values["softness"], values["columns"])

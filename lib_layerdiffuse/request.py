@@ -78,9 +78,12 @@ class Request:
         return self.weight > 0 and self.ending_step > 0
 
     @classmethod
-    def parse(cls, args: Sequence[object]) -> "Request | None":
-        """The request in these values, one per control or one dict of names; None, and no further look, when off."""
-        values = FORM.read(args)
+    def parse(cls, args: Sequence[object], changed: Mapping[str, object] = {}) -> "Request | None":
+        """The request in these values, one per control or one dict of names; None, and no further look, when off.
+
+        changed: values by name that go before them, of an X/Y/Z plot.
+        """
+        values = FORM.read(args, changed)
         if values is None:
             return None
         request = cls(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from modules import shared
+from modules import scripts, shared
 from modules.ui_components import InputAccordion
 
 from lib_layerdiffuse import differential
@@ -17,10 +18,11 @@ from lib_layerdiffuse.differential import SOURCES
 from lib_layerdiffuse.images import ResizeMode
 from lib_layerdiffuse.methods import METHODS, Layer, Method, find_method
 from lib_layerdiffuse.outputs import EXTRAS
-from lib_layerdiffuse.request import Controls
+from lib_layerdiffuse.request import FORM, Controls
 from lib_layerdiffuse.vae import PASSES
 
 TITLE = "LayerDiffuse"
+AXIS = f"[{TITLE}]"
 DEFAULTS = Controls()
 CHANGES = differential.Controls()
 
@@ -110,6 +112,34 @@ def paste_fields(form: Form, components: Sequence[Any]) -> list[tuple[Any, Calla
     """How the web UI puts a picture's parameters back into the panel's components."""
     names = (field.name for field in fields(form.controls))
     return [(component, partial(form.pasted, name)) for name, component in zip(names, components, strict=True)]
+
+
+# What an X/Y/Z plot can vary: a control, the type of its values, and what they are chosen from.
+AXES: Sequence[tuple[str, type, Callable[[], list[str]] | None]] = (
+    ("method", str, lambda: [method.label for method in METHODS]),
+    ("weight", float, None),
+    ("starting_step", float, None),
+    ("ending_step", float, None),
+)
+
+
+def add_axes() -> None:
+    """Put them at the end of the plot's list, unless they are there: Reload UI calls this again."""
+    for data in scripts.scripts_data:
+        plot = data.module
+        if Path(data.path).name != "xyz_grid.py" or any(option.label.startswith(AXIS) for option in plot.axis_options):
+            continue
+        for name, kind, choices in AXES:
+            plot.axis_options.append(plot.AxisOption(f"{AXIS} {FORM.label(name)}", kind, change(name), choices=choices))
+
+
+def change(name: str) -> Callable[[Any, Any, Any], None]:
+    """What a plot does to the job of one of its cells, a copy of its own job."""
+
+    def apply(p: Any, value: Any, values: Any) -> None:
+        p.layerdiffuse_axes = {**getattr(p, "layerdiffuse_axes", {}), name: value}
+
+    return apply
 
 
 def notice(tab: str, text: str) -> list[Any]:

@@ -110,7 +110,7 @@ class LayerDiffuse(scripts.Script):
         if unsupported or by_detailer(p):
             return
         with ending_job(p):
-            asked = getattr(p, "layerdiffuse_request", None) or Request.parse(args)
+            asked = getattr(p, "layerdiffuse_request", None) or Request.parse(args, getattr(p, "layerdiffuse_axes", {}))
             if asked:
                 p.layerdiffuse = workshop.open(p, asked)
                 p.extra_generation_params.update(p.layerdiffuse.infotext)
@@ -188,6 +188,7 @@ def after_saved(params: Any) -> None:
 
 if not unsupported:
     script_callbacks.on_ui_settings(ui.add_settings)
+    script_callbacks.on_before_ui(ui.add_axes)
     script_callbacks.on_before_image_saved(before_saved)
     script_callbacks.on_image_saved(after_saved)
     host.keep_pixels(must_keep_pixels)

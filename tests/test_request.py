@@ -583,3 +583,13 @@ def test_what_means_nothing_leaves_the_panel_as_it_is(name: str, key: str, raw: 
 
 def test_a_method_comes_back_by_its_label() -> None:
     assert FORM.pasted("method", {"LayerDiffuse method": METHODS[0].key}) == METHODS[0].label
+
+
+def test_a_plot_s_values_go_before_those_of_the_panel() -> None:
+    args = [True, METHODS[0].label, 0.3]
+    changed = Request.parse(args, {"weight": 0.7, "starting_step": 0.2})
+    assert changed is not None and (changed.weight, changed.starting_step) == (0.7, 0.2)
+    assert changed.method is METHODS[0]
+    assert Request.parse([False], {"weight": 0.7}) is None
+    with pytest.raises(LayerDiffuseError, match="Weight"):
+        Request.parse(args, {"weight": 7})

@@ -40,6 +40,18 @@ def test_xyz_plot_over_seeds(forge):
     assert [cell.tobytes() for cell in cells] == [picture.tobytes() for picture in alone]
 
 
+def test_xyz_plot_over_weights(forge):
+    info = forge.request("sdapi/v1/script-info").body
+    [plot] = [script for script in info if script["name"] == "x/y/z plot" and not script["is_img2img"]]
+    weight_axis = plot["args"][0]["choices"].index("[LayerDiffuse] Weight")
+    arguments = [weight_axis, *xyz_arguments("0.3, 1")[1:]]
+    answer = forge.txt2img(layerdiffuse(SD15_ATTENTION), SMALL, script_name="x/y/z plot", script_args=arguments)
+    assert answer.status == 200, answer.body
+    cells = [image for image in answer.transparent if image.size == (64, 64)]
+    alone = [forge.picture(layerdiffuse(SD15_ATTENTION, weight), SMALL) for weight in (0.3, 1)]
+    assert [cell.tobytes() for cell in cells] == [picture.tobytes() for picture in alone]
+
+
 def test_prompts_from_file(forge):
     iterate_seed, same_seed, position, make_combined = False, False, "start", False
     answer = forge.txt2img(
