@@ -1,5 +1,7 @@
 """Differential Diffusion in the host: where the map is white the picture changes, where it is black it stays."""
 
+import re
+
 import pytest
 from PIL import Image, ImageChops
 
@@ -135,15 +137,16 @@ def test_a_strength_fan_shows_the_strengths(forge):
 
 @full
 def test_an_inpainting_checkpoint_gets_the_mask_of_each_step(forge):
-    """It reads the mask: with the host's own, which is white from the start, it paints another picture."""
+    """Half of the picture may change from the start, the other half from the middle of the steps on."""
     forge.use("sd15_inpaint")
     half = Image.new("L", SIZE, 128)
     half.paste(255, (0, 0, 32, 64))
-    answer = forge.img2img(painting(), JOB, uploaded(half))
+    watched = {"alwayson_scripts": {"LayerDiffuse test inpainting": {"args": [True]}}}
+    mark = forge.mark()
+    answer = forge.img2img(painting(), JOB, uploaded(half), watched)
     assert answer.status == 200, answer.body
-    result = answer.images[0]
-    forge.use("sd15")
-    assert not same(result, forge.img2img(painting(), JOB, uploaded(half)).images[0])
+    masked = re.findall(r"masked: ([\d.]+)", forge.logged_since(mark))
+    assert masked == ["0.500"] * (STEPS // 2) + ["1.000"] * (STEPS // 2)
 
 
 @full
