@@ -14,7 +14,6 @@ from modules.ui_components import InputAccordion
 
 from lib_layerdiffuse import differential
 from lib_layerdiffuse.controls import Form
-from lib_layerdiffuse.differential import SOURCES
 from lib_layerdiffuse.images import ResizeMode
 from lib_layerdiffuse.methods import METHODS, Layer, Method, find_method
 from lib_layerdiffuse.outputs import EXTRAS
@@ -69,7 +68,7 @@ def panel(tab: str) -> list[Any]:
 
 
 CHANGE_PARTS: Mapping[str, Callable[[], Any]] = {
-    "source": lambda: gr.Dropdown(list(SOURCES), value=CHANGES.source, label="Change map"),
+    "source": lambda: gr.Dropdown(list(differential.SOURCES), value=CHANGES.source, label="Change map"),
     "map_image": lambda: image_box(
         label="Map: white changes, black stays (the paper has it the other way round)", height=320
     ),

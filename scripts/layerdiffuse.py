@@ -47,6 +47,10 @@ def session_of(p: Any) -> Session | None:
     return getattr(p, "layerdiffuse", None)
 
 
+def change_of(p: Any) -> ChangeSession | None:
+    return getattr(p, "differential", None)
+
+
 def by_detailer(p: Any) -> bool:
     """ADetailer repaints parts of a picture in jobs of its own; what we do to them, we do to the whole afterwards."""
     return getattr(p, "_ad_inner", False)
@@ -75,17 +79,17 @@ class DifferentialDiffusion(scripts.Script):
                 p.extra_generation_params.update(change.infotext)
 
     def process_before_every_sampling(self, p: Any, *args: Any, **kwargs: Any) -> None:
-        if session := getattr(p, "differential", None):
+        if session := change_of(p):
             with ending_job(p):
                 session.before_sampling(p)
 
     def postprocess_maskoverlay(self, p: Any, ppmo: Any, *args: Any) -> None:
-        if session := getattr(p, "differential", None):
+        if session := change_of(p):
             with ending_job(p):
                 ppmo.overlay_image = session.overlay(p, p.batch_index, ppmo.overlay_image)
 
     def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
-        if (session := getattr(p, "differential", None)) and processed.images:
+        if (session := change_of(p)) and processed.images:
             with ending_job(p, processed):
                 session.finish(p, processed)
 

@@ -1,9 +1,12 @@
-"""The networks a second time, put together from diffusers' blocks and from the paper's description, for comparison."""
+"""What the extension computes a second time, from diffusers' blocks, OpenCV and the paper's description."""
 
 from collections.abc import Sequence
 
+import cv2
+import numpy as np
 import torch
 from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block, get_up_block
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lib_layerdiffuse.tensors import StateDict
@@ -84,6 +87,22 @@ def reference_encoder(widths: Sequence[int] = (4, 8, 8, 8, 8, 8, 8, 8, 8, 4)) ->
     for width_in, width_out, stride in zip(widths, widths[1:], strides):
         layers += [nn.Conv2d(width_in, width_out, 3, stride, 1), nn.SiLU()]
     return nn.Sequential(*layers[:-1])
+
+
+def cv2_pad_colors(rgba: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Colour padding written with OpenCV's resizing, [H, W, 4] -> [H, W, 3]."""
+    color, alpha = rgba[..., :3] * rgba[..., 3:], rgba[..., 3:]
+    levels = [(color, alpha)]
+    while min(alpha.shape[:2]) > 1:
+        size = (int(alpha.shape[1] / 1.2), int(alpha.shape[0] / 1.2))
+        color = cv2.resize(color, size, interpolation=cv2.INTER_AREA).reshape(*size[::-1], 3)
+        alpha = cv2.resize(alpha, size, interpolation=cv2.INTER_AREA).reshape(*size[::-1], 1)
+        levels.append((color, alpha))
+    padded = (color.sum((0, 1)) / max(alpha.sum(), 1e-8)).reshape(1, 1, 3)
+    for color, alpha in reversed(levels):
+        below = cv2.resize(padded, alpha.shape[1::-1], interpolation=cv2.INTER_LINEAR).reshape(*alpha.shape[:2], 3)
+        padded = color + below * (1 - alpha)
+    return padded
 
 
 def random_state_dict(net: nn.Module, seed: int = 0, prefix: str = "") -> StateDict:

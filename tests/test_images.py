@@ -29,6 +29,7 @@ from lib_layerdiffuse.images import (
     spread,
     to_pil,
 )
+from tests.reference import cv2_pad_colors
 
 sides = st.integers(1, 40)
 seeds = st.integers(0, 2**32 - 1)
@@ -40,22 +41,6 @@ def random_rgba(height, width, seed=0, batch=1):
     rgba = torch.rand(batch, 4, height, width, generator=generator)
     rgba[:, 3] = (rgba[:, 3] * 3 - 1).clamp(0, 1)
     return rgba
-
-
-def cv2_pad_colors(rgba):
-    """The method written with OpenCV's resizing, [H, W, 4] -> [H, W, 3]."""
-    color, alpha = rgba[..., :3] * rgba[..., 3:], rgba[..., 3:]
-    levels = [(color, alpha)]
-    while min(alpha.shape[:2]) > 1:
-        size = (int(alpha.shape[1] / 1.2), int(alpha.shape[0] / 1.2))
-        color = cv2.resize(color, size, interpolation=cv2.INTER_AREA).reshape(*size[::-1], 3)
-        alpha = cv2.resize(alpha, size, interpolation=cv2.INTER_AREA).reshape(*size[::-1], 1)
-        levels.append((color, alpha))
-    padded = (color.sum((0, 1)) / max(alpha.sum(), 1e-8)).reshape(1, 1, 3)
-    for color, alpha in reversed(levels):
-        below = cv2.resize(padded, alpha.shape[1::-1], interpolation=cv2.INTER_LINEAR).reshape(*alpha.shape[:2], 3)
-        padded = color + below * (1 - alpha)
-    return padded
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (97, 50), (3, 200), (1, 1), (128, 72)])

@@ -1,7 +1,7 @@
 """A transparent picture through VAE and transparent networks and back, without Forge and without the extension.
 
-The VAE is diffusers', the transparent networks are put together from diffusers' blocks (tests/reference.py), colours
-are padded with OpenCV. Runs with the web UI's own Python, which has all of these:
+The VAE is diffusers'; networks put together from diffusers' blocks, and colours padded with OpenCV, are those of
+tests/reference.py. Runs with the web UI's own Python, which has all of these:
 
     python tests/forge/reference_roundtrip.py CHECKPOINT ENCODER DECODER PICTURE RESULT
 """
@@ -9,7 +9,6 @@ are padded with OpenCV. Runs with the web UI's own Python, which has all of thes
 import sys
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
@@ -19,30 +18,10 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.reference import RELEASED_WIDTHS, ReferenceDecoder, reference_encoder
+from tests.reference import RELEASED_WIDTHS, ReferenceDecoder, cv2_pad_colors, reference_encoder
 
 ENCODER_WIDTHS = (4, 32, 32, 64, 64, 128, 128, 256, 256, 4)
 OFFSET_SCALE = 300
-
-
-def padded_colours(rgba: np.ndarray) -> np.ndarray:
-    """[H, W, 4] in 0..1 -> [H, W, 3]."""
-    premultiplied, alpha = rgba[..., :3] * rgba[..., 3:], rgba[..., 3:]
-    levels = [(premultiplied, alpha)]
-    while min(levels[-1][1].shape[:2]) > 1:
-        height, width = (int(side / 1.2) for side in levels[-1][1].shape[:2])
-        levels.append(
-            tuple(
-                cv2.resize(part, (width, height), interpolation=cv2.INTER_AREA).reshape(height, width, -1)
-                for part in levels[-1]
-            )
-        )
-    colour = levels[-1][0].sum((0, 1)) / levels[-1][1].sum((0, 1)).clip(1e-8)
-    colour = np.broadcast_to(colour, (1, 1, 3))
-    for premultiplied, alpha in reversed(levels):
-        below = cv2.resize(np.ascontiguousarray(colour), alpha.shape[1::-1], interpolation=cv2.INTER_LINEAR)
-        colour = premultiplied + below.reshape(*alpha.shape[:2], 3) * (1 - alpha)
-    return colour.clip(0, 1)
 
 
 def tensor(picture: np.ndarray) -> torch.Tensor:
@@ -75,7 +54,7 @@ def main(checkpoint: str, encoder_file: str, decoder_file: str, picture: str, re
     rgba = np.asarray(Image.open(picture), np.float32) / 255
     alpha = rgba[..., 3:]
     posterior = vae.encode(2 * tensor(rgba[..., :3] * alpha + 0.5 * (1 - alpha)) - 1).latent_dist
-    offset = encoder(tensor(np.concatenate([alpha, padded_colours(rgba)], axis=2))) * OFFSET_SCALE
+    offset = encoder(tensor(np.concatenate([alpha, cv2_pad_colors(rgba).clip(0, 1)], axis=2))) * OFFSET_SCALE
     latent = posterior.mean + posterior.std * offset
     pixels = (vae.decode(latent).sample / 2 + 0.5).clamp(0, 1)
     answer = decoder(pixels, latent).clamp(0, 1)[0].permute(1, 2, 0).numpy()

@@ -33,6 +33,10 @@ def disc(mode="RGBA", size=(64, 64), colour=COLOURS[0]):
     return image.convert(mode)
 
 
+def on_grey(image):
+    return Image.alpha_composite(Image.new("RGBA", image.size, (127, 127, 127, 255)), image)
+
+
 def soft_disc():
     """A disc whose alpha falls off from its middle, with another colour under what is transparent."""
     alpha = ImageChops.invert(Image.radial_gradient("L").resize((64, 64)))
@@ -102,7 +106,7 @@ def test_tiled_vae_keeps_alpha(forge):
     """At a size that Forge's tiles can do. The last job switches them off again, which else stay."""
     size = {"width": 256, "height": 256, "steps": 1}
     tiled, untiled = ({"alwayson_scripts": {"Never OOM Integrated": {"args": [False, on]}}} for on in (True, False))
-    opaque = Image.alpha_composite(Image.new("RGBA", (256, 256), (127, 127, 127, 255)), disc(size=(256, 256)))
+    opaque = on_grey(disc(size=(256, 256)))
     jobs = ((disc(size=(256, 256)), tiled), (opaque, tiled), (disc(size=(256, 256)), untiled))
     answers = [forge.img2img(init, TRANSPARENT, size, how) for init, how in jobs]
     assert all_different([answer.images[0] for answer in answers])
@@ -110,8 +114,7 @@ def test_tiled_vae_keeps_alpha(forge):
 
 @pytest.mark.sdxl
 def test_sdxl(forge):
-    opaque = Image.alpha_composite(Image.new("RGBA", (64, 64), (127, 127, 127, 255)), disc())
-    answers = [forge.img2img(init, layerdiffuse(SDXL_ATTENTION), SMALL) for init in (disc(), opaque)]
+    answers = [forge.img2img(init, layerdiffuse(SDXL_ATTENTION), SMALL) for init in (disc(), on_grey(disc()))]
     assert all(alpha_varies(answer.images[0]) for answer in answers)
     assert all_different([answer.images[0] for answer in answers])
 
