@@ -34,7 +34,7 @@ MB = 1_000_000
 
 REPLACE = "Delete it, or put the right file in its place; a missing file is downloaded again."
 
-Report: TypeAlias = Callable[[str, float], None]  # what is going on, and the fraction done; may raise to interrupt
+Report: TypeAlias = Callable[[int, int], None]  # bytes that are here, and bytes expected; may raise to interrupt
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,15 @@ class WeightLibrary:
     def obtain(self, file: str, report: Report) -> Path:
         """The file, downloaded first if no folder has it. One that is there is the user's and never replaced."""
         return self.find(file) or _Download(ASSETS[file], self.folders[0], report).run()
+
+    def received(self, file: str) -> int:
+        """Bytes of a download of the file that is not finished."""
+        return _size(part_of(self.folders[0], file))
+
+
+def part_of(folder: Path, file: str) -> Path:
+    """Where a download into the folder is kept until it is whole."""
+    return folder / f"{file}.part"
 
 
 def read_tensors(path: Path) -> StateDict:
@@ -168,7 +177,7 @@ class _Download:
 
     @property
     def part(self) -> Path:
-        return self.folder / f"{self.asset.file}.part"
+        return part_of(self.folder, self.asset.file)
 
     def run(self) -> Path:
         """Receive until the part is whole, for as long as every connection brings more of it."""
@@ -197,7 +206,7 @@ class _Download:
             for piece in _pieces(response):
                 self._store(piece, stored)
                 stored += len(piece)
-                self._progress(stored, total or self.asset.megabytes * MB)
+                self.report(stored, total or self.asset.megabytes * MB)
         return stored == total
 
     def _connect(self, size: int, promised: int | None) -> tuple[Any, int]:
@@ -226,19 +235,18 @@ class _Download:
             file.truncate(start)
             file.write(piece)
 
-    def _progress(self, stored: int, total: int) -> None:
-        text = f"Downloading {self.asset.file}: {stored / MB:.0f} of {total / MB:.0f} MB"
-        self.report(text, min(stored / total, 1.0))
-
     def _put_in_place(self) -> Path:
-        """Rename the part, or drop it where it is not what it should be."""
+        """Rename the part, or drop it where it is not what it should be, or somebody put the file there meanwhile."""
         target = self.folder / self.asset.file
         size, promised = self._state()
         known = self.asset.sha256
         with self._disk():
-            if size == promised and (not known or known == _sha256(self.part)):
+            present = target.exists()
+            if not present and size == promised and (not known or known == _sha256(self.part)):
                 return self.part.replace(target)
             self.part.unlink(missing_ok=True)
+        if present:
+            return target
         raise self._error(f"the {size:,} bytes that came are not that file", "Try again")
 
     @contextmanager

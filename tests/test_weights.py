@@ -6,16 +6,13 @@ import json
 import logging
 import os
 import socket
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import IO
 
 import pytest
 import torch
+from mirror import Mirror, mirrored
 from safetensors.torch import save
 
 from lib_layerdiffuse import weights
@@ -31,71 +28,10 @@ HEADER = 8 + int.from_bytes(BODY[:8], "little")
 PAGE = b"<!DOCTYPE html><title>Sign in</title>"
 
 
-@dataclass
-class Mirror:
-    """What the server does, and what it was asked."""
-
-    body: bytes = BODY
-    status: int = 200
-    ranges: bool = True
-    length: int = 0  # announced instead of the true one; negative: none announced
-    chunked: bool = False  # the length comes in the body, piece by piece
-    pause: float = 0  # seconds before a connection breaks
-    cuts: list[int] = field(default_factory=list)  # the n-th connection breaks after so many bytes
-    asked: list[tuple[str, dict[str, str]]] = field(default_factory=list)
-
-    def starts(self) -> list[int]:
-        """Where each request wanted to begin."""
-        return [int(headers.get("range", "bytes=0-")[6:-1]) for _, headers in self.asked]
-
-
-class Server(ThreadingHTTPServer):
-    """A web server that behaves as its mirror says."""
-
-    def __init__(self, mirror: Mirror) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.mirror = mirror
-
-
-class Handler(BaseHTTPRequestHandler):
-    """One answer."""
-
-    server: Server
-
-    def do_GET(self) -> None:
-        mirror = self.server.mirror
-        mirror.asked.append((self.path, {name.lower(): value for name, value in self.headers.items()}))
-        start = mirror.starts()[-1] if mirror.ranges else 0
-        total = len(mirror.body)
-        if mirror.status != 200 or start >= total:
-            self.send_error(mirror.status if mirror.status != 200 else 416)
-            return
-        self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{total - 1}/{total}")
-        if mirror.length >= 0:
-            self.send_header("Content-Length", str(mirror.length or total - start))
-        if mirror.chunked:
-            self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        end = start + mirror.cuts.pop(0) if mirror.cuts else total
-        self.wfile.write(mirror.body[start:end])
-        time.sleep(mirror.pause)
-
-    def log_message(self, *_: object) -> None:
-        """Nothing on the terminal."""
-
-
 @pytest.fixture
 def mirror(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mirror]:
-    server = Server(Mirror())
-    Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
-    monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(weights, "CHUNK", 1000)
-    yield server.mirror
-    server.shutdown()
-    server.server_close()
+    with mirrored(BODY, monkeypatch) as mirror:
+        yield mirror
 
 
 @pytest.fixture
@@ -117,7 +53,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 def obtain(*folders: Path) -> Path:
-    return WeightLibrary(folders).obtain(FILE, lambda text, fraction: None)
+    return WeightLibrary(folders).obtain(FILE, lambda received, total: None)
 
 
 def refusal(*folders: Path) -> str:
@@ -180,16 +116,12 @@ def test_a_file_that_is_there_is_not_downloaded_nor_touched(mirror: Mirror, tmp_
 
 
 def test_download(mirror: Mirror, folder: Path, tmp_path: Path) -> None:
-    reports: list[tuple[str, float]] = []
+    reports: list[tuple[int, int]] = []
     path = WeightLibrary([folder, tmp_path]).obtain(FILE, lambda *report: reports.append(report))
     assert path == folder / FILE
     assert path.read_bytes() == BODY
     assert names_in(folder) == [FILE]
-    fractions = [fraction for _, fraction in reports]
-    assert fractions == sorted(fractions)
-    assert fractions[-1] == 1
-    assert len(fractions) == -(-len(BODY) // 1000)
-    assert all(FILE in text for text, _ in reports)
+    assert reports == [(min(received, len(BODY)), len(BODY)) for received in range(1000, len(BODY) + 1000, 1000)]
 
 
 def test_request_names_the_program_and_no_compression(mirror: Mirror, folder: Path) -> None:
@@ -226,8 +158,8 @@ def test_an_interrupt_passes_through_and_keeps_the_part(mirror: Mirror, folder: 
     class Interrupted(OSError):
         """Looks like trouble with the disk, and is none."""
 
-    def report(text: str, fraction: float) -> None:
-        if fraction > 0.5:
+    def report(received: int, total: int) -> None:
+        if received > total / 2:
             raise Interrupted
 
     with pytest.raises(Interrupted):
@@ -279,19 +211,24 @@ def test_a_connection_that_falls_silent_is_continued(
     assert mirror.starts() == [0, 5000]
 
 
-def test_a_server_that_announces_no_length(mirror: Mirror, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "MB", 1)  # so that the catalogue's size is far below the file's
+def test_a_server_that_announces_no_length(mirror: Mirror, folder: Path) -> None:
     mirror.length = -1
-    fractions: list[float] = []
-    path = WeightLibrary([folder]).obtain(FILE, lambda text, fraction: fractions.append(fraction))
+    totals: set[int] = set()
+    path = WeightLibrary([folder]).obtain(FILE, lambda received, total: totals.add(total))
     assert path.read_bytes() == BODY
-    assert set(fractions) == {1.0}
+    assert totals == {2_000_000}  # the catalogue's
 
 
 def test_a_body_in_chunks_that_breaks(mirror: Mirror, folder: Path) -> None:
     mirror.body, mirror.chunked, mirror.length = b"%x\r\n" % len(BODY) + BODY[:5000], True, -1
     mirror.ranges = False
     assert "broke off" in refusal(folder)
+
+
+def test_a_file_that_somebody_puts_there_meanwhile_stays(mirror: Mirror, folder: Path) -> None:
+    path = WeightLibrary([folder]).obtain(FILE, lambda received, total: (folder / FILE).write_bytes(OTHER))
+    assert path.read_bytes() == OTHER
+    assert names_in(folder) == [FILE]
 
 
 def test_a_length_short_of_the_file(mirror: Mirror, folder: Path) -> None:
