@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.images import read_image
+from lib_layerdiffuse.images import MAX_PIXELS, TooLarge, read_image
 from lib_layerdiffuse.methods import listed, nearest, shortened
 
 # One small parser per kind of control: the value, or any everyday exception for what is not one.
@@ -41,9 +42,20 @@ def whole(low: int, high: int) -> Callable[[Any], int]:
     return parse
 
 
+def one_of(*choices: int) -> Callable[[Any], int]:
+    def parse(raw: Any) -> int:
+        value = whole(min(choices), max(choices))(raw)
+        if value not in choices:
+            raise ValueError(raw)
+        return value
+
+    return parse
+
+
 def text(raw: Any) -> str:
     if not isinstance(raw, str):
         raise TypeError(raw)
+    raw.encode()  # refuses half a character (a lone surrogate), which no answer and no file could repeat
     return raw
 
 
@@ -53,18 +65,32 @@ def image(raw: Any) -> Image.Image | None:
 
 
 def anything(raw: Any) -> object:
+    """What JSON can say: the web UI's answer repeats it."""
+    json.dumps(raw, allow_nan=False, ensure_ascii=False).encode()
     return raw
 
 
 IMAGE_NEEDS = "a whole PNG, JPG or WebP file in base64, or a data URL"
 
 
-def control(label: str, default: object, parse: Callable[[Any], object], needs: str = "", *, infotext: str = "") -> Any:
+def control(
+    label: str,
+    default: object,
+    parse: Callable[[Any], object],
+    needs: str = "",
+    *,
+    infotext: str = "",
+    hint: str = "",
+) -> Any:
     """A field of a dataclass of controls: its name in the panel, and how a value is read.
 
-    `needs` ends the sentence for a wrong one; `infotext` is what the value is called among a picture's parameters.
+    needs: ends the sentence for a wrong one; infotext: what the value is called among a picture's parameters;
+    hint: explains the control in the panel.
     """
-    return field(default=default, metadata={"label": label, "parse": parse, "needs": needs, "infotext": infotext})
+    return field(
+        default=default,
+        metadata={"label": label, "parse": parse, "needs": needs, "infotext": infotext, "hint": hint},
+    )
 
 
 @dataclass(frozen=True)
@@ -89,12 +115,25 @@ class Form:
         if not self._parsed("enabled", given):
             return None
         self._refuse_unknown(args, given)
+        self._refuse_twice(args)
         given |= changed
         return {name: self._parsed(name, given) for name in self._rows}
+
+    @property
+    def names(self) -> list[str]:
+        """The controls, in the order of both panel and API."""
+        return list(self._rows)
+
+    def default(self, name: str) -> Any:
+        return self._rows[name].default
 
     def label(self, name: str) -> str:
         """The control's name in the panel."""
         return self._rows[name].metadata["label"]
+
+    def hint(self, name: str) -> str:
+        """What explains the control in the panel."""
+        return self._rows[name].metadata["hint"]
 
     def infotext(self, name: str) -> str:
         """What the control's value is called among a picture's parameters."""
@@ -132,10 +171,11 @@ class Form:
         raw = given.get(name, row.default)
         try:
             return row.metadata["parse"](raw)
-        except (ArithmeticError, LookupError, TypeError, ValueError):
-            raise LayerDiffuseError(
-                f"{row.metadata['label']} ({name} in API calls) is {shortened(raw)}. Set it to {row.metadata['needs']}."
-            ) from None
+        except TooLarge:
+            wrong = f"has more than {MAX_PIXELS:,} pixels, which is the limit. Choose a smaller image."
+        except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError):  # recursion: lists in lists in …
+            wrong = f"is {shortened(raw)}. Set it to {row.metadata['needs']}."
+        raise LayerDiffuseError(f"{row.metadata['label']} ({name} in API calls) {wrong}")
 
     def _refuse_unknown(self, args: Sequence[object], given: Mapping[str, object]) -> None:
         """More values than controls, or a name that no control has."""
@@ -147,3 +187,10 @@ class Form:
             raise LayerDiffuseError(
                 f"{self.title} has no setting {shortened(unknown[0])}. Did you mean {near}? The names are {names}."
             )
+
+    def _refuse_twice(self, args: Sequence[object]) -> None:
+        """An older name for a control beside its own: which of the two is meant?"""
+        given = args[0] if args and isinstance(args[0], Mapping) else {}
+        for alias, name in self.aliases.items():
+            if given.get(alias) is not None and given.get(name) is not None:
+                raise LayerDiffuseError(f"{self.title} has {alias} and {name}, which are one setting. Send only one.")

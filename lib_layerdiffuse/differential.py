@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lib_layerdiffuse.controls import IMAGE_NEEDS, Form, control, flag, image, number, whole
 from lib_layerdiffuse.errors import LayerDiffuseError
+from lib_layerdiffuse.images import content_hash
 from lib_layerdiffuse.methods import listed
 
 TITLE = "Differential Diffusion"
@@ -102,12 +103,37 @@ class Controls:
     """Raw values, as the panel and the API send them; the order of the fields is the order of both."""
 
     enabled: object = control("Enable", False, flag, "true or false")
-    source: object = control("Change map", next(iter(SOURCES)), _source, listed(SOURCES), infotext=TITLE)
-    map_image: object = control("Map", None, image, IMAGE_NEEDS)
-    softness: object = control(
-        "Softness", 16, number(0, 256), "a number of pixels from 0 to 256", infotext=f"{TITLE} softness"
+    source: object = control(
+        "Change Map",
+        next(iter(SOURCES)),
+        _source,
+        listed(SOURCES),
+        infotext=TITLE,
+        hint="Where the strength of each pixel comes from.",
     )
-    columns: object = control("Columns", 5, whole(2, 16), "a whole number from 2 to 16", infotext=f"{TITLE} columns")
+    map_image: object = control(
+        "Map",
+        None,
+        image,
+        IMAGE_NEEDS,
+        hint="White changes, black stays (in the paper it is the other way round). Brought to the picture's size.",
+    )
+    softness: object = control(
+        "Softness",
+        16,
+        number(0, 256),
+        "a number of pixels from 0 to 256",
+        infotext=f"{TITLE} softness",
+        hint="Over how many pixels the change fades out.",
+    )
+    columns: object = control(
+        "Columns",
+        5,
+        whole(2, 16),
+        "a whole number from 2 to 16",
+        infotext=f"{TITLE} columns",
+        hint="How many strengths there are side by side.",
+    )
 
 
 FORM = Form(TITLE, Controls, {}, {})
@@ -134,7 +160,10 @@ class Change:
     def infotext(self) -> dict[str, object]:
         used = {"source": True, **uses(self.source)}
         values = {"source": self.source, "softness": self.softness, "columns": self.columns}
-        return {FORM.infotext(name): value for name, value in values.items() if used[name]}
+        text: dict[str, object] = {FORM.infotext(name): value for name, value in values.items() if used[name]}
+        if self.upload and used["map_image"]:
+            text[f"{TITLE} map image"] = content_hash(self.upload)
+        return text
 
     def map(self, init: Image.Image, mask: Image.Image | None) -> Image.Image:
         """How much of `init` (any mode) changes, where: mode L, 255 is all of it. A mask limits other sources.

@@ -5,10 +5,14 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from lib_layerdiffuse.controls import IMAGE_NEEDS, Form, anything, control, flag, image, number, text
+from lib_layerdiffuse.controls import IMAGE_NEEDS, Form, anything, control, flag, image, number, one_of, text
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.images import ResizeMode
 from lib_layerdiffuse.methods import DEFAULT_METHOD, Layer, Method, Step, find_method, listed
+from lib_layerdiffuse.vae import PASSES
+
+AS_IN_SETTINGS = 0  # decoder passes
+GREY_BACKGROUND = "plain grey background"  # what the models were trained to see where nothing is
 
 
 @dataclass(frozen=True)
@@ -16,32 +20,115 @@ class Controls:
     """Raw values, as the panel and the API send them; the order of the fields is the order of both."""
 
     enabled: object = control("Enable", False, flag, "true or false")
-    method: object = control("Method", DEFAULT_METHOD.label, find_method, infotext="LayerDiffuse method")
-    weight: object = control("Weight", 1.0, number(0, 2), "a number from 0 to 2", infotext="LayerDiffuse weight")
-    ending_step: object = control("Stop At", 1.0, number(0, 1), "a number from 0 to 1", infotext="LayerDiffuse stop at")
-    fg_image: object = control("Foreground", None, image, IMAGE_NEEDS)
-    bg_image: object = control("Background", None, image, IMAGE_NEEDS)
-    blend_image: object = control("Blending", None, image, IMAGE_NEEDS)
+    method: object = control(
+        "Method",
+        DEFAULT_METHOD.label,
+        find_method,
+        infotext="LayerDiffuse method",
+        hint="What is made, from what. The methods for one kind of checkpoint do not work with another.",
+    )
+    weight: object = control(
+        "Weight",
+        1.0,
+        number(0, 2),
+        "a number from 0 to 2",
+        infotext="LayerDiffuse weight",
+        hint="How strongly the added weights count: 1 is as they were trained, 0 is the checkpoint alone.",
+    )
+    ending_step: object = control(
+        "Stop At",
+        1.0,
+        number(0, 1),
+        "a number from 0 to 1",
+        infotext="LayerDiffuse stop at",
+        hint="Up to which part of the steps they count: 1 is the last step.",
+    )
+    fg_image: object = control(
+        "Foreground",
+        None,
+        image,
+        IMAGE_NEEDS,
+        hint="A picture with transparency. Upload, drop or paste it, or send a result here.",
+    )
+    bg_image: object = control(
+        "Background",
+        None,
+        image,
+        IMAGE_NEEDS,
+        hint="The picture behind the foreground. Upload, drop or paste it, or send a result here.",
+    )
+    blend_image: object = control(
+        "Blending",
+        None,
+        image,
+        IMAGE_NEEDS,
+        hint="The foreground in its background, as one picture. Upload, drop or paste it, or send a result here.",
+    )
     resize_mode: object = control(
         "Resize Mode",
         "Crop and Resize",
         ResizeMode,
         listed(mode.value for mode in ResizeMode),
         infotext="LayerDiffuse resize mode",
+        hint="How an image of another size is brought to the size of the result.",
     )
-    output_origin: object = control("Output Original", False, anything)  # without effect; older calls send it
-    fg_prompt: object = control("Foreground Prompt", "", text, "text", infotext="LayerDiffuse foreground prompt")
-    bg_prompt: object = control("Background Prompt", "", text, "text", infotext="LayerDiffuse background prompt")
-    blend_prompt: object = control("Blending Prompt", "", text, "text", infotext="LayerDiffuse blend prompt")
+    output_origin: object = control("Output Original", False, anything, "true or false")  # of older calls; no effect
+    fg_prompt: object = control(
+        "Foreground Prompt",
+        "",
+        text,
+        "text",
+        infotext="LayerDiffuse foreground prompt",
+        hint="Words for the foreground alone, put before the prompt.",
+    )
+    bg_prompt: object = control(
+        "Background Prompt",
+        "",
+        text,
+        "text",
+        infotext="LayerDiffuse background prompt",
+        hint="Words for the background alone, put before the prompt.",
+    )
+    blend_prompt: object = control(
+        "Blending Prompt",
+        "",
+        text,
+        "text",
+        infotext="LayerDiffuse blend prompt",
+        hint="Words for the blend alone, put before the prompt.",
+    )
     starting_step: object = control(
-        "Start At", 0.0, number(0, 1), "a number from 0 to 1", infotext="LayerDiffuse start at"
+        "Start At",
+        0.0,
+        number(0, 1),
+        "a number from 0 to 1",
+        infotext="LayerDiffuse start at",
+        hint="From which part of the steps on they count: 0 is the first step.",
+    )
+    passes: object = control(
+        "Decoder Passes",
+        AS_IN_SETTINGS,
+        one_of(AS_IN_SETTINGS, *PASSES),
+        "1, 2, 4 or 8, or to 0 for the number on the settings page",
+        infotext="LayerDiffuse passes",
+        hint="How often the decoder looks at the picture, turned otherwise each time: 8 give the cleanest edges, "
+        "1 takes an eighth of the time.",
+    )
+    grey_background: object = control(
+        "Grey Background",
+        False,
+        flag,
+        "true or false",
+        infotext="LayerDiffuse grey background",
+        hint=f'Puts "{GREY_BACKGROUND}" before the prompt of the foreground: for checkpoints that paint a '
+        "background where there should be none.",
     )
 
 
 FORM = Form(
     "LayerDiffuse",
     Controls,
-    {"start_at": "starting_step", "stop_at": "ending_step"},
+    {"start_at": "starting_step", "stop_at": "ending_step", "gray_background": "grey_background"},
     {  # as the older extension wrote them
         "layerdiffusion_method": "LayerDiffuse method",
         "layerdiffusion_weight": "LayerDiffuse weight",
@@ -65,6 +152,8 @@ class Request:
     resize_mode: ResizeMode
     images: Mapping[Layer, Sequence[Image.Image]]  # those supplied: one for all pictures, or one for each
     prompts: Mapping[Layer, str]  # those with words in them
+    passes: int = AS_IN_SETTINGS
+    grey_background: bool = False
     chain: "Request | None" = None  # the one that this is a step of
 
     @property
@@ -94,10 +183,17 @@ class Request:
             resize_mode=values["resize_mode"],
             images={layer: (given,) for layer in Layer if (given := values[f"{layer.value}_image"]) is not None},
             prompts={layer: words for layer in Layer if (words := values[f"{layer.value}_prompt"].strip())},
+            passes=values["passes"],
+            grey_background=values["grey_background"],
         )
         request._refuse_missing()
         request._refuse_nothing()
         return request
+
+    def words_before(self, layer: Layer) -> str:
+        """What is put before the prompt of a picture of that layer."""
+        grey = GREY_BACKGROUND if self.grey_background and layer is Layer.FG else ""
+        return ", ".join(filter(None, [self.prompts.get(layer), grey]))
 
     def for_step(self, step: Step, images: Mapping[Layer, Sequence[Image.Image]]) -> "Request":
         """What one step of the method is asked to do. images: all there are when it begins."""

@@ -35,6 +35,7 @@ from lib_layerdiffuse.differential import (
     uses,
 )
 from lib_layerdiffuse.errors import LayerDiffuseError
+from lib_layerdiffuse.images import content_hash
 
 EDGES, INSIDE, OUTSIDE = "Alpha: edges", "Alpha: inside", "Alpha: outside"
 ALPHAS = [EDGES, INSIDE, OUTSIDE]
@@ -655,7 +656,7 @@ WHITE_UPLOAD = {"upload": Image.new("L", (4, 4), 255)}
 @pytest.mark.parametrize(
     ("source", "init", "mask", "options", "said"),
     [
-        (UPLOAD, INIT, None, {}, ["no change map", "the Map box", "map_image", "another source (Change map)"]),
+        (UPLOAD, INIT, None, {}, ["no change map", "the Map box", "map_image", "another source (Change Map)"]),
         (UPLOAD, INIT, half_white(16, 16), {}, ["no change map", "map_image"]),
         (MASK, INIT, None, {}, ['the inpaint mask ("Inpaint mask")', "Draw one in the Inpaint tab", "as mask"]),
         *((source, INIT, None, {}, OPAQUE_ALPHA) for source in ALPHAS),
@@ -766,8 +767,8 @@ def test_a_depth_map_of_16_bits_keeps_its_range():
 @pytest.mark.parametrize(
     ("named", "shown", "remedy"),
     [
-        ({"source": "a depth map"}, "Change map (source in API calls) is 'a depth map'", '"Inpaint mask"'),
-        ({"source": 0}, "Change map (source in API calls) is 0", '"Strength fan"'),
+        ({"source": "a depth map"}, "Change Map (source in API calls) is 'a depth map'", '"Inpaint mask"'),
+        ({"source": 0}, "Change Map (source in API calls) is 0", '"Strength fan"'),
         ({"source": []}, "[]", '"Alpha: edges"'),
         ({"map_image": "a cat"}, "Map (map_image in API calls) is 'a cat'", "PNG, JPG or WebP file in base64"),
         ({"softness": -1}, "Softness (softness in API calls) is -1", "a number of pixels from 0 to 256"),
@@ -805,8 +806,10 @@ def test_too_many_values():
     ],
 )
 def test_infotext_has_only_what_the_source_uses(source, used):
-    change = change_of(source, upload=Image.new("L", (2, 2)), softness=9, columns=3)
-    assert change.infotext == {TITLE: source} | {f"{TITLE} {name}": value for name, value in used.items()}
+    upload = Image.new("L", (2, 2))
+    change = change_of(source, upload=upload, softness=9, columns=3)
+    image = {f"{TITLE} map image": content_hash(upload)} if source == UPLOAD else {}
+    assert change.infotext == {TITLE: source} | {f"{TITLE} {name}": value for name, value in used.items()} | image
     assert {name for name, needed_there in uses(source).items() if needed_there} - {"map_image"} == set(used)
     assert uses(source)["map_image"] is (source == UPLOAD)
 

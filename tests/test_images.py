@@ -17,6 +17,7 @@ from lib_layerdiffuse.images import (
     blended,
     checkerboard,
     compose,
+    content_hash,
     fill_masked,
     fit,
     flattened,
@@ -523,3 +524,10 @@ def test_read_image_takes_files_of_any_kind(kind):
 def test_read_image_has_one_exception_for_what_is_none(raw):
     with pytest.raises(ValueError, match="not an image"):
         read_image(raw)
+
+
+def test_a_content_hash_is_that_of_the_pixels():
+    red = Image.new("RGB", (4, 2), (255, 0, 0))
+    hashes = [content_hash(image) for image in (red, red.convert("RGBA"), red.convert("P"), red.resize((2, 4)))]
+    assert hashes[0] == hashes[1] == hashes[2] != hashes[3]
+    assert len(hashes[0]) == 10

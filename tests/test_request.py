@@ -16,7 +16,8 @@ from PIL import Image
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.images import ResizeMode
 from lib_layerdiffuse.methods import DEFAULT_METHOD, METHODS, Layer, Method, Step
-from lib_layerdiffuse.request import FORM, Controls, Request
+from lib_layerdiffuse.request import AS_IN_SETTINGS, FORM, GREY_BACKGROUND, Controls, Request
+from lib_layerdiffuse.vae import PASSES
 
 NAMES = [row.name for row in fields(Controls)]
 DEFAULTS = [getattr(Controls(), name) for name in NAMES]
@@ -69,9 +70,9 @@ def refusal(args: Sequence[object]) -> str:
 
 def test_order_and_defaults_are_those_clients_rely_on() -> None:
     order = "enabled, method, weight, ending_step, fg_image, bg_image, blend_image, resize_mode, output_origin"
-    assert ", ".join(NAMES) == f"{order}, fg_prompt, bg_prompt, blend_prompt, starting_step"
-    expected = [False, DEFAULT_METHOD.label, 1.0, 1.0, None, None, None, "Crop and Resize", False, "", "", "", 0.0]
-    assert expected == DEFAULTS
+    assert ", ".join(NAMES) == f"{order}, fg_prompt, bg_prompt, blend_prompt, starting_step, passes, grey_background"
+    twelve = [False, DEFAULT_METHOD.label, 1.0, 1.0, None, None, None, "Crop and Resize", False, "", "", ""]
+    assert [*twelve, 0.0, 0, False] == DEFAULTS
 
 
 def test_an_empty_call_is_off() -> None:
@@ -87,11 +88,13 @@ def test_defaults() -> None:
         resize_mode=ResizeMode.CROP_AND_RESIZE,
         images={},
         prompts={},
+        passes=AS_IN_SETTINGS,
+        grey_background=False,
         chain=None,
     )
 
 
-@pytest.mark.parametrize("count", range(1, 14))
+@pytest.mark.parametrize("count", range(1, len(NAMES) + 1))
 def test_fewer_values_mean_defaults(count: int) -> None:
     assert parsed(posted()[:count]) == parsed(posted())
 
@@ -148,6 +151,12 @@ def test_method_by_any_name(method: Method) -> None:
         ("ending_step", "0.25", 0.25),
         ("starting_step", 0, 0.0),
         ("starting_step", "0.25", 0.25),
+        ("passes", 4, 4),
+        ("passes", "8", 8),
+        ("passes", 2.0, 2),
+        ("passes", "0", AS_IN_SETTINGS),
+        ("grey_background", "true", True),
+        ("grey_background", 1, True),
         ("resize_mode", "Just Resize", ResizeMode.JUST_RESIZE),
         ("resize_mode", "Resize and Fill", ResizeMode.RESIZE_AND_FILL),
     ],
@@ -175,6 +184,11 @@ def test_value(field: str, raw: object, value: object) -> None:
         ("starting_step", -0.5, "Start At (starting_step in API calls) is -0.5", "a number from 0 to 1"),
         ("starting_step", "soon", "'soon'", "a number from 0 to 1"),
         ("starting_step", math.nan, "nan", "a number from 0 to 1"),
+        ("passes", 3, "Decoder Passes (passes in API calls) is 3", "1, 2, 4 or 8, or to 0"),
+        ("passes", 16, "16", "1, 2, 4 or 8"),
+        ("passes", 1.5, "1.5", "1, 2, 4 or 8"),
+        ("passes", True, "True", "1, 2, 4 or 8"),
+        ("grey_background", "grey", "Grey Background (grey_background in API calls) is 'grey'", "true or false"),
         (
             "resize_mode",
             "crop",
@@ -298,6 +312,23 @@ def test_a_missing_image_is_named_with_its_box_and_its_api_name(method: Method) 
 def test_prompts_are_those_with_words_stripped() -> None:
     request = parsed(posted(fg_prompt=" a cat,\nsitting \n", bg_prompt="\t", blend_prompt="a cat on a desk"))
     assert request.prompts == {Layer.FG: "a cat,\nsitting", Layer.BLEND: "a cat on a desk"}
+
+
+@pytest.mark.parametrize(
+    ("call", "before"),
+    [
+        ({}, {}),
+        ({"fg_prompt": "a cat"}, {Layer.FG: "a cat"}),
+        ({"grey_background": True}, {Layer.FG: GREY_BACKGROUND}),
+        (
+            {"grey_background": True, "fg_prompt": "a cat", "bg_prompt": "a desk"},
+            {Layer.FG: f"a cat, {GREY_BACKGROUND}", Layer.BG: "a desk"},
+        ),
+    ],
+)
+def test_words_before_the_prompt_of_a_layer(call: dict[str, object], before: dict[Layer, str]) -> None:
+    request = parsed(posted(**call))
+    assert {layer: words for layer in Layer if (words := request.words_before(layer))} == before
 
 
 @pytest.mark.parametrize("blank", ["", " ", "\n", None])
@@ -436,7 +467,7 @@ def test_unknown_name_is_refused_with_the_nearest(name: str, near: str) -> None:
 
 
 def test_too_many_values() -> None:
-    assert "takes 13 values, but 14 came" in refusal([*posted(), "one more"])
+    assert f"takes {len(NAMES)} values, but {len(NAMES) + 1} came" in refusal([*posted(), "one more"])
 
 
 JSON = st.recursive(
@@ -461,6 +492,8 @@ GOOD = {
     "bg_prompt": st.text(max_size=5),
     "blend_prompt": st.text(max_size=5),
     "starting_step": st.just(0) | PART,
+    "passes": st.sampled_from([0, 1, 2, 4, 8, "8"]),
+    "grey_background": st.booleans(),
 }
 ANY = JSON | st.one_of(*GOOD.values())
 
@@ -476,6 +509,7 @@ def check_outcome(args: Sequence[object]) -> None:
         assert 0 <= request.weight <= 2
         assert 0 <= request.starting_step <= 1
         assert 0 <= request.ending_step <= 1
+        assert request.passes in (AS_IN_SETTINGS, *PASSES)
         assert isinstance(request.resize_mode, ResizeMode)
         assert request.images.keys() >= set(request.method.inputs)
         assert all(isinstance(image, Image.Image) for [image] in request.images.values())
@@ -554,6 +588,8 @@ def test_settings_come_back_and_those_that_are_not_written_had_their_defaults() 
         "fg_prompt": "",
         "bg_prompt": "",
         "blend_prompt": "",
+        "passes": AS_IN_SETTINGS,
+        "grey_background": False,
     }
 
 
@@ -579,6 +615,11 @@ def test_settings_that_the_older_extension_wrote_come_back() -> None:
 )
 def test_what_means_nothing_leaves_the_panel_as_it_is(name: str, key: str, raw: str) -> None:
     assert FORM.pasted(name, PARAMETERS | {key: raw}) is None
+
+
+def test_passes_and_grey_background_come_back() -> None:
+    back = pasted(PARAMETERS | {"LayerDiffuse passes": "4", "LayerDiffuse grey background": "True"})
+    assert (back["passes"], back["grey_background"]) == (4, True)
 
 
 def test_a_method_comes_back_by_its_label() -> None:

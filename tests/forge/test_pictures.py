@@ -10,6 +10,7 @@ from tests.forge.client import (
     all_different,
     alpha_varies,
     layerdiffuse,
+    layerdiffuse_arguments,
     same,
 )
 
@@ -126,3 +127,29 @@ def test_infotext_is_read_back(forge):
     assert read.body["info"] == answer.infotexts[0]
     assert any("LayerDiffuse" in key for key in read.body["parameters"]), read.body["parameters"]
     assert "Error parsing" not in forge.logged_since(mark)
+
+
+def test_passes_of_a_request_go_before_those_of_the_settings(forge):
+    asked = forge.txt2img(layerdiffuse_arguments({"method": SD15_ATTENTION, "passes": 2}))
+    with forge.options(layerdiffuse_passes=2):
+        set_so = forge.txt2img(layerdiffuse(SD15_ATTENTION))
+    assert "LayerDiffuse passes: 2" in asked.infotexts[0]
+    assert asked.infotexts == set_so.infotexts
+    assert same(asked.images[0], set_so.images[0])
+    assert not same(asked.images[0], forge.picture(layerdiffuse(SD15_ATTENTION)))
+
+
+def test_grey_background_is_sampled_with_and_not_recorded_as_prompt(forge):
+    asked = forge.txt2img(layerdiffuse_arguments({"method": SD15_ATTENTION, "grey_background": True}))
+    typed = forge.txt2img(layerdiffuse(SD15_ATTENTION), prompt="plain grey background, apple")
+    assert same(asked.images[0], typed.images[0])
+    assert asked.infotexts[0].startswith("apple\n") and "LayerDiffuse grey background: True" in asked.infotexts[0]
+
+
+def test_a_request_with_an_infotext_has_its_settings(forge):
+    first = forge.txt2img(layerdiffuse_arguments({"method": SD15_ATTENTION, "weight": 0.6, "passes": 2}))
+    # Forge cannot take lists from an infotext (modules/api/api.py:407), and so wants them in the request.
+    body = {"infotext": first.infotexts[0], "hr_additional_modules": ["Use same choices"], "styles": []}
+    again = forge.request("sdapi/v1/txt2img", body)
+    assert again.status == 200, again.body
+    assert same(again.images[0], first.images[0])
