@@ -13,6 +13,11 @@ class Row:
     ahead: int
 
 
+def rounded(batch_size: int, frames: int) -> int:
+    """The batch size that holds whole pictures."""
+    return ceil(batch_size / frames) * frames
+
+
 def fitted(rows: Sequence[Hashable], batch_size: int, frames: int) -> tuple[int, list[Row]]:
     """The batch size rounded up to whole pictures, and the rows of all batches.
 
@@ -20,7 +25,7 @@ def fitted(rows: Sequence[Hashable], batch_size: int, frames: int) -> tuple[int,
     alike, more of the same are made until every batch is full, their seeds running on. Where they differ, as in a list
     of prompts, each gets a picture of its own.
     """
-    size = ceil(batch_size / frames) * frames
+    size = rounded(batch_size, frames)
     if len(set(rows)) == 1:
         batches = ceil(len(rows) / batch_size)
         return size, [Row(0, ahead) for ahead in range(size * batches)]

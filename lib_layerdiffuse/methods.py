@@ -1,7 +1,7 @@
 """The table of methods: what each takes, gives and needs. Everything else about them is derived from it."""
 
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import Enum
@@ -162,6 +162,39 @@ def find_method(value: object) -> Method:
 DEFAULT_METHOD = find_method("xl_transparent_attn")
 
 
+def methods_of(family: Family | None) -> list[Method]:
+    """The methods for that kind of checkpoint; all of them where it is not known."""
+    return [method for method in METHODS if family in (None, method.family)]
+
+
+def counterpart(method: Method, methods: Sequence[Method]) -> Method:
+    """Of these, the one that is most like the method in what it takes and makes; itself, if it is one of them."""
+
+    def likeness(other: Method) -> tuple[bool, int]:
+        return other is method, (other.inputs == method.inputs) + (set(other.outputs) == set(method.outputs))
+
+    return max(methods, key=likeness)
+
+
+def taking(layer: Layer, family: Family) -> Method:
+    """A method for an image of that layer: of that family, if it has one."""
+    takers = [method for method in METHODS if layer in method.inputs]
+    return next((method for method in takers if method.family is family), takers[0])
+
+
+def needed_files(method: Method, injects: bool = True, encodes: bool = False) -> list[str]:
+    """The weight files that its steps read.
+
+    injects: whether the UNet changes; encodes: whether it starts from pictures.
+    """
+    files: list[str] = []
+    for step in method.steps:
+        one = find_method(step.key)
+        files += [one.weights] * injects
+        files += [DECODERS[one.family], *[ENCODERS[one.family]] * encodes] * one.makes_foreground
+    return list(dict.fromkeys(files))
+
+
 def nearest(value: object, names: Iterable[str], count: int = 1) -> list[str]:
     """The `count` names most like the value, best first."""
     return get_close_matches(shortened(value).casefold(), list(names), count, cutoff=0)
@@ -176,4 +209,5 @@ def shortened(value: object) -> str:
     """The value as it would be typed, cut to a length that fits into a sentence."""
     cut = reprlib.Repr()
     cut.maxstring = cut.maxother = cut.maxlong = 80
+    cut.maxlevel, cut.maxlist, cut.maxdict = 2, 3, 3  # lists in lists soon are pages
     return cut.repr(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -15,12 +15,15 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from lib_layerdiffuse import outputs
+from lib_layerdiffuse.checkpoints import family_of
+from lib_layerdiffuse.downloads import Downloads
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.hosts.base import BaseModel, Host, check_mask, seen
 from lib_layerdiffuse.images import (
     ResizeMode,
     blended,
     compose,
+    content_hash,
     fill_masked,
     fit,
     flattened,
@@ -30,7 +33,7 @@ from lib_layerdiffuse.images import (
     to_pil,
 )
 from lib_layerdiffuse.injection import Injection, WeightPatch, load_injection
-from lib_layerdiffuse.methods import DECODERS, ENCODERS, Family, Layer, Method, find_method
+from lib_layerdiffuse.methods import DECODERS, ENCODERS, Family, Layer, Method, find_method, needed_files
 from lib_layerdiffuse.nets.decoder import TransparentDecoder
 from lib_layerdiffuse.nets.encoder import TransparentEncoder
 from lib_layerdiffuse.notes import alpha_note, notes, sampler_for
@@ -38,7 +41,7 @@ from lib_layerdiffuse.outputs import EXTRAS, OPAQUE, RGBA, Picture, host_pixels,
 from lib_layerdiffuse.request import FORM, Request
 from lib_layerdiffuse.tensors import Latent, Rgb, Rgba
 from lib_layerdiffuse.vae import LATENT_STRIDE, TransparentVAE, is_out_of_memory
-from lib_layerdiffuse.weights import REPLACE, WeightLibrary, fingerprint, read_tensors
+from lib_layerdiffuse.weights import REPLACE, fingerprint, read_tensors
 
 log = logging.getLogger("layerdiffuse")
 
@@ -57,6 +60,7 @@ class Workshop:
 
     def __init__(self, host: Host) -> None:
         self.host = host
+        self.downloads = Downloads(host.weight_folders)
         self._injections: dict[str, Injection] = {}
         self._nets: dict[str, nn.Module] = {}
 
@@ -75,6 +79,11 @@ class Workshop:
         injection = self._injection(request.method) if request.injects else None
         vae = self._vae(method.family, bool(inits)) if request.method.makes_foreground else None
         return Session(self.host, request, injection, vae, inits)
+
+    def chosen_family(self, checkpoint: str | None = None) -> Family | None:
+        """The kind of the checkpoint with that title, or of the chosen one, where its file tells."""
+        file = self.host.checkpoint_file(checkpoint)
+        return family_of(file) if file else None
 
     def _inits(self, p: Any) -> list[Image.Image]:
         """The pictures that img2img starts from, as RGBA; the host gets what is opaque of them."""
@@ -110,14 +119,42 @@ class Workshop:
 
     def _announce(self, p: Any, request: Request) -> None:
         """Before a job, and before the first of a chain: have all the files, and say what is to be known."""
-        for step in request.method.steps:
-            for file in files(find_method(step.key), request.injects, bool(self.host.init_images(p))):
-                self._path(file)
+        for file in needed_files(request.method, request.injects, bool(self.host.init_images(p))):
+            self._path(file)
         for note in notes(request, *self.host.size(p), self.host.sampler(p)):
             self.host.note(p, note)
         if refiner := self.host.refiner(p):
             self.host.note(p, f"LayerDiffuse ends where the refiner takes over: {refiner}.")
         self.host.expect(p, len(request.method.steps))
+
+    def decode(self, family: Family, rgb: Rgb, latent: Latent, passes: int) -> Rgba:
+        """`TransparentVAE.decode`, one after the other with the host's jobs. Raises LayerDiffuseError."""
+        return self._in_turn(
+            TransparentDecoder,
+            DECODERS[family],
+            DECODE_CHANNELS,
+            rgb,
+            lambda decoder: TransparentVAE(decoder).decode(rgb, latent, passes),
+        )
+
+    def encode(self, family: Family, rgba: Rgba) -> Latent:
+        """`TransparentVAE.encode`, one after the other with the host's jobs. Raises LayerDiffuseError."""
+        return self._in_turn(
+            TransparentEncoder,
+            ENCODERS[family],
+            ENCODE_CHANNELS,
+            rgba,
+            lambda encoder: TransparentVAE(nn.Identity(), encoder).encode(rgba),  # which decodes nothing
+        )
+
+    def _in_turn(
+        self, kind: type[Net], file: str, channels: int, picture: Tensor, work: Callable[[nn.Module], Tensor]
+    ) -> Tensor:
+        self.downloads.obtain(file, lambda text, fraction: None)  # before the queue: jobs need not wait for it
+        with self.host.queue():
+            net = self._net(kind, file)
+            with torch.inference_mode():  # as jobs run
+                return with_room(self.host, net, channels, picture, lambda: work(net))
 
     def _injection(self, method: Method) -> Injection:
         """Only the last one is kept: each is up to 3.6 GB."""
@@ -142,7 +179,6 @@ class Workshop:
         return self._nets[identity]
 
     def _path(self, file: str) -> Path:
-        library = WeightLibrary(self.host.weight_folders())
         with self.host.progress() as show:
 
             def report(text: str, fraction: float) -> None:
@@ -150,17 +186,7 @@ class Workshop:
                     raise LayerDiffuseError(f"{text}, interrupted. The next job goes on from there.")
                 show(text, fraction)
 
-            return library.obtain(file, report)
-
-
-def files(method: Method, injects: bool, encodes: bool) -> Iterator[str]:
-    """The weight files that the method reads. encodes: whether it starts from pictures."""
-    if injects:
-        yield method.weights
-    if method.makes_foreground:
-        yield DECODERS[method.family]
-        if encodes:
-            yield ENCODERS[method.family]
+            return self.downloads.obtain(file, report)
 
 
 def distinct(images: Sequence[Image.Image]) -> Sequence[Image.Image]:
@@ -194,6 +220,20 @@ def load(net: type[Net], path: Path) -> Net:
         raise LayerDiffuseError(f"{path} is not a {WORDS[net]}: {error}. {REPLACE}") from error
 
 
+def with_room(host: Host, net: nn.Module, channels: int, picture: Tensor, work: Callable[[], Tensor]) -> Tensor:
+    """Work that needs `net` and, for a picture, the memory of so many channels, on whatever device has room."""
+    height, width = picture.shape[-2:]
+    memory = channels * height * width * next(net.parameters()).element_size()
+    for device in host.places(net, memory):
+        try:
+            net.to(device)  # all of it: short of memory, hosts leave layers behind
+            return work()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+    raise LayerDiffuseError(f"Not enough memory for a picture of {width}x{height}. Choose a smaller size.")
+
+
 class Session:
     """One run of the host's processing: what was asked, what goes into the UNet, and the pictures that came out."""
 
@@ -211,7 +251,7 @@ class Session:
         self.injection = injection
         self.vae = vae  # where a picture of the method is decoded
         self.inits = inits  # RGBA, one for all pictures of a batch or one for each
-        self.passes = int(host.option("layerdiffuse_passes"))
+        self.passes = request.passes or int(host.option("layerdiffuse_passes"))
         self.pictures: list[Picture] = []
         self.images: list[Image.Image] = []  # the same, as they are shown
         self._latent: Latent | None = None  # of the latest sampling, sampler space
@@ -239,9 +279,13 @@ class Session:
         for layer, prompt in request.prompts.items():
             if layer in self.method.outputs:
                 values[f"{layer.value}_prompt"] = prompt
-        text: dict[str, Any] = {FORM.infotext(name): value for name, value in values.items()}
         if self.vae:
-            text["LayerDiffuse passes"] = self.passes
+            values["passes"] = self.passes
+        if request.grey_background and self.method.makes_foreground:
+            values["grey_background"] = True
+        text: dict[str, Any] = {FORM.infotext(name): value for name, value in values.items()}
+        for layer in self.method.inputs:
+            text[f"LayerDiffuse {layer.word} image"] = " ".join(map(content_hash, request.images[layer]))
         if self.method.frames > 1:
             text |= self._of_frames()
         return text
@@ -268,7 +312,7 @@ class Session:
 
     def before_prompts(self, p: Any) -> None:
         """For each batch, before the host reads its prompts."""
-        texts = [self.request.prompts.get(layer, "") for layer in self.method.outputs]
+        texts = [self.request.words_before(layer) for layer in self.method.outputs]
         if any(texts):
             self.host.put_before_prompts(p, texts)
 
@@ -310,7 +354,7 @@ class Session:
         if self._mask and self.host.fills_mask(p):
             rgba = fill_masked(rgba, from_pil(self._mask)[None, :1])
         mean, deviation = self.host.posterior(p, compose(rgba, torch.tensor(0.5)))
-        offset = self._run(vae.encoder, ENCODE_CHANNELS, rgba, lambda: vae.encode(rgba))
+        offset = with_room(self.host, vae.encoder, ENCODE_CHANNELS, rgba, lambda: vae.encode(rgba))
         return mean, mean + deviation * offset.to(mean)
 
     def _condition(self, p: Any, width: int, height: int) -> Tensor | None:
@@ -358,20 +402,9 @@ class Session:
                 report(f"LayerDiffuse: decoding, pass {done} of {total}", done / total)
                 return not self.host.interrupted()
 
-            return self._run(vae.decoder, DECODE_CHANNELS, rgb, lambda: vae.decode(rgb, latent, self.passes, on_pass))
-
-    def _run(self, net: nn.Module, channels: int, picture: Tensor, work: Callable[[], Tensor]) -> Tensor:
-        """Work that needs `net` and, for a picture, the memory of so many channels, on whatever device has room."""
-        height, width = picture.shape[-2:]
-        memory = channels * height * width * next(net.parameters()).element_size()
-        for device in self.host.places(net, memory):
-            try:
-                net.to(device)  # all of it: short of memory, hosts leave layers behind
-                return work()
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-        raise LayerDiffuseError(f"Not enough memory for a picture of {width}x{height}. Choose a smaller size.")
+            return with_room(
+                self.host, vae.decoder, DECODE_CHANNELS, rgb, lambda: vae.decode(rgb, latent, self.passes, on_pass)
+            )
 
     def before_overlay(self, index: int, overlay: Image.Image | None) -> None:
         """What the host is about to put over the picture at `index` of the batch: the original that is not masked."""

@@ -15,7 +15,11 @@ from lib_layerdiffuse.methods import (
     Layer,
     Method,
     Step,
+    counterpart,
     find_method,
+    methods_of,
+    needed_files,
+    taking,
 )
 from lib_layerdiffuse.weights import ASSETS
 
@@ -146,3 +150,73 @@ def test_words_survive_copies(member: Family | Layer) -> None:
     for twin in (copy.deepcopy(member), pickle.loads(pickle.dumps(member))):
         assert twin is member
     assert member.word
+
+
+# --- for a checkpoint -------------------------------------------------------------------------------------------
+
+
+def test_methods_of_a_family_are_in_the_table_s_order():
+    assert methods_of(None) == list(METHODS)
+    assert [method.key for method in methods_of(Family.SD15)] == [key for _, family, key, _ in ROWS if family == "sd15"]
+    assert methods_of(Family.SD15) + methods_of(Family.SDXL) == list(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("key", "sd15", "sdxl"),
+    [
+        ("sd15_transparent_attn", "sd15_transparent_attn", "xl_transparent_attn"),
+        ("sd15_fg2bg", "sd15_fg2bg", "xl_fg2ble"),
+        ("sd15_bg2fg", "sd15_bg2fg", "xl_bg2blefg"),
+        ("sd15_joint", "sd15_joint", "xl_everything"),
+        ("xl_transparent_conv", "sd15_transparent_attn", "xl_transparent_conv"),
+        ("xl_fg2ble", "sd15_fg2bg", "xl_fg2ble"),
+        ("xl_bg2ble", "sd15_bg2fg", "xl_bg2ble"),
+        ("xl_everything", "sd15_joint", "xl_everything"),
+        ("xl_bg2blefg", "sd15_bg2fg", "xl_bg2blefg"),
+    ],
+)
+def test_the_counterpart_takes_and_makes_the_same_where_there_is_one(key, sd15, sdxl):
+    for family, expected in zip(Family, (sd15, sdxl), strict=True):
+        assert counterpart(find_method(key), methods_of(family)).key == expected
+
+
+@pytest.mark.parametrize(
+    ("layer", "family", "key"),
+    [
+        (Layer.FG, Family.SD15, "sd15_fg2bg"),
+        (Layer.BG, Family.SD15, "sd15_bg2fg"),
+        (Layer.BLEND, Family.SD15, "xl_fgble2bg"),  # SD1.5 has none
+        (Layer.FG, Family.SDXL, "xl_fg2ble"),
+        (Layer.BG, Family.SDXL, "xl_bg2ble"),
+        (Layer.BLEND, Family.SDXL, "xl_fgble2bg"),
+    ],
+)
+def test_a_method_that_takes_an_image(layer, family, key):
+    assert taking(layer, family).key == key
+
+
+@pytest.mark.parametrize(
+    ("key", "injects", "encodes", "expected"),
+    [
+        ("sd15_joint", True, False, "layer_sd15_joint layer_sd15_vae_transparent_decoder"),
+        ("sd15_joint", False, False, "layer_sd15_vae_transparent_decoder"),
+        ("sd15_fg2bg", True, True, "layer_sd15_fg2bg"),
+        ("sd15_fg2bg", False, True, ""),
+        (
+            "xl_transparent_conv",
+            True,
+            True,
+            "layer_xl_transparent_conv vae_transparent_decoder vae_transparent_encoder",
+        ),
+        (
+            "xl_everything",
+            True,
+            False,
+            "layer_xl_transparent_attn vae_transparent_decoder layer_xl_fg2ble layer_xl_fgble2bg",
+        ),
+    ],
+)
+def test_files_that_are_needed(key, injects, encodes, expected):
+    files = needed_files(find_method(key), injects, encodes)
+    assert files == [f"{name}.safetensors" for name in expected.split()]
+    assert set(files) <= ASSETS.keys()

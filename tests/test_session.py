@@ -15,11 +15,11 @@ from torch import nn
 from lib_layerdiffuse import outputs
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.hosts.base import BaseModel
-from lib_layerdiffuse.images import ResizeMode, fit, over, over_grey, pad_colors, to_pil
+from lib_layerdiffuse.images import ResizeMode, content_hash, fit, over, over_grey, pad_colors, to_pil
 from lib_layerdiffuse.injection import WeightPatch
 from lib_layerdiffuse.methods import DECODERS, ENCODERS, Family, Layer, find_method
 from lib_layerdiffuse.nets.encoder import TransparentEncoder
-from lib_layerdiffuse.request import Request
+from lib_layerdiffuse.request import GREY_BACKGROUND, Request
 from lib_layerdiffuse.session import Session, Workshop, check_family
 from lib_layerdiffuse.vae import TransparentVAE
 
@@ -342,6 +342,33 @@ def test_a_lone_picture_is_not_named():
     _, [image] = sample(work)
     assert (work.pictures[0].name, outputs.caption_of(image)) == ("", "")
     assert "LayerDiffuse shows" not in work.infotext
+
+
+@pytest.mark.parametrize(
+    ("key", "grey", "written"),
+    [("sd15_transparent_attn", True, {"passes": 4, "grey background": True}), ("sd15_fg2bg", True, {}),
+     ("sd15_bg2fg", False, {"passes": 4})],
+)  # fmt: skip
+def test_infotext_has_passes_and_grey_words_where_something_is_decoded(key, grey, written):
+    work = layers(SmallHost(), key, SHARING, passes=4, grey_background=grey)
+    if not work.method.makes_foreground:
+        work.vae = None
+    keys = ("LayerDiffuse passes", "LayerDiffuse grey background")
+    assert {k: v for k, v in work.infotext.items() if k in keys} == {f"LayerDiffuse {k}": v for k, v in written.items()}
+
+
+def test_infotext_has_a_hash_of_each_image_that_is_used():
+    text = layers(SmallHost(), "sd15_fg2bg", SHARING).infotext
+    assert text["LayerDiffuse foreground image"] == content_hash(RED_GLASS)
+    assert "LayerDiffuse background image" not in text
+
+
+def test_words_go_before_the_prompts_of_their_layers():
+    joint, without_foreground = job(), job()
+    layers(SmallHost(), "sd15_joint", SHARING, grey_background=True, bg_prompt="a desk").before_prompts(joint)
+    layers(SmallHost(), "sd15_fg2bg", SHARING, grey_background=True).before_prompts(without_foreground)
+    assert joint.texts == [GREY_BACKGROUND, "a desk", ""]
+    assert not hasattr(without_foreground, "texts")
 
 
 @pytest.mark.parametrize(

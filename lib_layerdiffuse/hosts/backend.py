@@ -24,8 +24,19 @@ from backend import memory_management
 from backend.patcher.base import ModelPatcher
 from backend.patcher.lora import load_lora
 from fastapi import HTTPException
-from modules import images, img2img, processing, sd_samplers_common, shared, stealth_infotext, txt2img
+from modules import (
+    call_queue,
+    images,
+    img2img,
+    processing,
+    sd_models,
+    sd_samplers_common,
+    shared,
+    stealth_infotext,
+    txt2img,
+)
 from modules.paths import models_path
+from modules_forge import forge_version
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
@@ -89,6 +100,23 @@ RefusedJob.__name__ = "LayerDiffuse"
 
 class BackendHost:
     """Forge 2; see `base.Host`."""
+
+    def name(self) -> str:
+        return f"Stable Diffusion WebUI Forge {forge_version.version}"
+
+    def api_users(self) -> list[str] | None:
+        options = shared.cmd_opts
+        if not (options.api or options.nowebui):
+            return None
+        return options.api_auth.split(",") if options.api_auth else []
+
+    @contextmanager
+    def queue(self) -> Iterator[None]:
+        with call_queue.queue_lock:
+            yield
+
+    def busy(self) -> bool:
+        return call_queue.queue_lock._lock.locked()
 
     def weight_folders(self) -> list[Path]:
         given = getattr(shared.cmd_opts, "layerdiffuse_models_dir", None)
@@ -230,6 +258,14 @@ class BackendHost:
         special = "inpainting " * model.is_inpaint + "refiner " * refiner
         name = model.sd_checkpoint_info.name_for_extra
         return BaseModel(name, f"{kind} {special}checkpoint", None if special else family)
+
+    def checkpoint_file(self, title: str | None) -> Path | None:
+        info = sd_models.get_closet_checkpoint_match(title or shared.opts.sd_model_checkpoint or "")
+        return Path(info.filename) if info else None
+
+    def is_checkpoint_box(self, component: Any) -> bool:
+        # It has no elem_id (modules_forge/main_entry.py:74).
+        return getattr(component, "label", "") == "Checkpoint" and "model_selection" in (component.elem_classes or ())
 
     def init_images(self, p: Any) -> list[Image.Image]:
         return list(getattr(p, "init_images", None) or [])

@@ -34,6 +34,18 @@ class BaseModel:
 class Host(Protocol):
     """One web UI. Every host imports its web UI in its own file only."""
 
+    def name(self) -> str:
+        """What the web UI is called, and its version."""
+
+    def api_users(self) -> Sequence[str] | None:
+        """Who may use the API, each as `name:password`; empty: everybody. None where the web UI serves no API."""
+
+    def queue(self) -> AbstractContextManager[None]:
+        """While open, no job runs; opening it waits for those that came before."""
+
+    def busy(self) -> bool:
+        """Whether a job runs, or anything else that has the queue."""
+
     def weight_folders(self) -> list[Path]:
         """Where weight files are looked for; the first is where they are downloaded to."""
 
@@ -96,6 +108,12 @@ class Host(Protocol):
 
     def base_model(self, p: Any) -> BaseModel:
         """The checkpoint that this job samples with."""
+
+    def checkpoint_file(self, title: str | None) -> Path | None:
+        """The file of the checkpoint with that title in the page's list; of the chosen one for None."""
+
+    def is_checkpoint_box(self, component: Any) -> bool:
+        """Whether this is the page's list of checkpoints to choose from."""
 
     def init_images(self, p: Any) -> list[Image.Image]:
         """The pictures that img2img starts from; empty in txt2img."""
