@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from modules import script_callbacks, scripts
 
-from lib_layerdiffuse import differential, hosts, outputs, request, ui
+from lib_layerdiffuse import api, axes, differential, hosts, outputs, request, ui
 from lib_layerdiffuse.differential import Change
 from lib_layerdiffuse.differential_session import ChangeSession
 from lib_layerdiffuse.errors import LayerDiffuseError
@@ -25,6 +25,7 @@ if not log.hasHandlers():  # Forge sets up none, unless it is started with --log
 try:
     host = hosts.detect()
     workshop = Workshop(host)
+    page = ui.Page(workshop)
     unsupported = ""
 except LayerDiffuseError as error:
     unsupported = str(error)
@@ -105,7 +106,7 @@ class LayerDiffuse(scripts.Script):
         tab = "img2img" if is_img2img else "txt2img"
         if unsupported:
             return ui.notice(tab, unsupported)
-        components = ui.panel(tab)
+        components = page.panel(tab)
         self.infotext_fields = ui.paste_fields(request.FORM, components)
         return components
 
@@ -192,9 +193,11 @@ def after_saved(params: Any) -> None:
 
 if not unsupported:
     script_callbacks.on_ui_settings(ui.add_settings)
-    script_callbacks.on_before_ui(ui.add_axes)
+    script_callbacks.on_before_ui(axes.add)
+    script_callbacks.on_after_component(lambda component, **options: page.after_component(component))
     script_callbacks.on_before_image_saved(before_saved)
     script_callbacks.on_image_saved(after_saved)
     host.keep_pixels(must_keep_pixels)
     script_callbacks.on_app_started(lambda blocks, app: host.answer_png(outputs.is_marked))
+    script_callbacks.on_app_started(lambda blocks, app: api.register(app, workshop))
     host.show_captions(outputs.caption_of)
