@@ -1,0 +1,77 @@
+"""Every word of the panels and settings has its translation, and no translation is left over."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+from lib_layerdiffuse import differential, request
+from lib_layerdiffuse.downloads import State, Status
+from lib_layerdiffuse.forecast import forecast
+from lib_layerdiffuse.images import ResizeMode
+from lib_layerdiffuse.methods import METHODS, Family
+from lib_layerdiffuse.outputs import EXTRAS
+from lib_layerdiffuse.weights import ASSETS
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted((ROOT / "localizations").glob("*.json"))
+HIDDEN = ("enabled", "output_origin")  # controls without words on the page
+
+
+def controls():
+    for form in (request.FORM, differential.FORM):
+        for name in form.names:
+            if name not in HIDDEN:
+                yield form.label(name)
+                yield form.hint(name)
+
+
+def choices():
+    yield from (method.label for method in METHODS)
+    yield from (mode.value for mode in ResizeMode)
+    yield from differential.SOURCES
+    for extra in EXTRAS.values():
+        yield from (extra.label, extra.caption)
+
+
+def sentences():
+    asset = next(iter(ASSETS.values()))
+    for state in (State.PRESENT, State.MISSING, State.DOWNLOADING):
+        for method in METHODS:
+            for family in Family:
+                for sentence in forecast(method, 1, [Status(asset, state, 1, 2, "")], family):
+                    yield from sentence
+
+
+def literals(path):
+    """Strings of several words in the source, but for docstrings, code for the browser, and HTML."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = list(ast.walk(tree))
+    docstrings = [node.value for node in nodes if isinstance(node, ast.Expr)]
+    strings = [node for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    for text in (node.value for node in strings if node not in docstrings):
+        if " " in text.strip() and not any(mark in text for mark in ("=>", "&nbsp;", "</")):
+            yield text
+
+
+def words_of_the_page():
+    found = {*controls(), *choices(), *sentences(), *literals(ROOT / "lib_layerdiffuse" / "ui.py")}
+    return {word for word in found if any(letter.isalpha() for letter in word) and not word.endswith(" MB")} - {
+        family.word for family in Family
+    }
+
+
+def test_there_are_translations():
+    assert [path.stem for path in FILES] == ["zh_CN"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_word_is_translated_and_none_is_left_over(path):
+    translation = json.loads(path.read_text(encoding="utf-8"))
+    words = words_of_the_page()
+    assert {"missing": words - translation.keys(), "left over": translation.keys() - words} == {
+        "missing": set(),
+        "left over": set(),
+    }
+    assert all(text and text != word for word, text in translation.items())
