@@ -56,6 +56,7 @@ def test_everything_from_a_prompt(forge, plain_pictures):
     assert same(forge.picture(), plain_pictures["sdxl"])
 
 
+@pytest.mark.full
 def test_foreground_from_a_background(forge, plain_pictures):
     background = layer_image("bg_image", 64, 64)
     answer = forge.txt2img(layerdiffuse(FROM_BACKGROUND, bg_image=background), TINY, batch_size=2)
@@ -78,6 +79,7 @@ def test_batch_count(forge):
     assert all(same(*pair) for pair in zip(answer.images[3:6], alone.images))
 
 
+@pytest.mark.full
 def test_an_interrupt_ends_the_chain(forge):
     def second_step_runs():
         state = forge.request("sdapi/v1/progress?skip_current_image=true").body["state"]

@@ -87,6 +87,7 @@ def test_a_detailer_s_edit_is_kept_and_so_is_the_alpha(forge):
     assert same(edited, after.images[1].crop((20, 20, 44, 44)))
 
 
+@pytest.mark.full
 def test_a_detailer_in_inpainting(forge):
     """What it changes outside the mask does not count, inside its colour does."""
     picture, white = cut_out((64, 64)), mask((64, 64))

@@ -221,7 +221,10 @@ def test_weight(forge, method):
     assert all_different([pictures[0] for pictures in opaque])
 
 
-@pytest.mark.parametrize("method", [SD15_BG_TO_FG, pytest.param(SDXL_FG_TO_BLEND, marks=pytest.mark.sdxl)])
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(SD15_BG_TO_FG, marks=pytest.mark.full), pytest.param(SDXL_FG_TO_BLEND, marks=pytest.mark.sdxl)],
+)
 def test_start_and_stop(forge, method):
     images = {name: to_base64(layer_image(name, 64, 64)) for name in METHODS[method][1]}
 
@@ -244,7 +247,7 @@ PAG = {"alwayson_scripts": {"PerturbedAttentionGuidance Integrated": {"args": [T
 FREE_U = {
     "alwayson_scripts": {"FreeU Integrated (SD 1.x, SD 2.x, SDXL)": {"args": [True, 1.01, 1.02, 0.99, 0.95, 0.0, 1.0]}}
 }
-MARKS = {"SAG": pytest.mark.full, "FreeU": pytest.mark.full}
+MARKS = dict.fromkeys(("SAG", "PAG", "FreeU"), pytest.mark.full)
 OTHERS = {"LoRA": LORA, "StyleAlign": STYLE_ALIGN, "SAG": SAG, "PAG": PAG, "FreeU": FREE_U}
 
 
