@@ -35,10 +35,10 @@ from lib_layerdiffuse.downloads import Status, find_asset
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.images import FORMATS, checkerboard, from_pil, over_grey, read_image, to_pil
 from lib_layerdiffuse.methods import METHODS, Family, Method, listed, nearest, needed_files, shortened
-from lib_layerdiffuse.session import Workshop
 from lib_layerdiffuse.tensors import Latent
 from lib_layerdiffuse.vae import LATENT_STRIDE
 from lib_layerdiffuse.weights import ASSETS, address_of
+from lib_layerdiffuse.workshop import Workshop
 
 PREFIX = "/layerdiffuse/v1"
 TITLE = "LayerDiffuse"

@@ -31,8 +31,8 @@ from lib_layerdiffuse.methods import (
 )
 from lib_layerdiffuse.outputs import EXTRAS
 from lib_layerdiffuse.request import AS_IN_SETTINGS, FORM
-from lib_layerdiffuse.session import Workshop
 from lib_layerdiffuse.vae import PASSES
+from lib_layerdiffuse.workshop import Workshop
 
 TITLE = "LayerDiffuse"
 TABS = ("txt2img", "img2img")
@@ -40,7 +40,9 @@ LABELS = [method.label for method in METHODS]
 LOOK_S = 0.5  # between two looks at a download
 
 # PNG: a picture sent to the box would otherwise come back from a WebP with loss.
-image_box = partial(gr.Image, type="numpy", image_mode="RGBA", format="png", sources=["upload", "clipboard"])
+image_box = partial(
+    gr.Image, type="numpy", image_mode="RGBA", format="png", sources=["upload", "clipboard"], height=320
+)
 prompt_box = partial(gr.Textbox, lines=1, placeholder="for this layer alone")
 
 # How each field of Controls is shown.
@@ -72,7 +74,7 @@ ROWS = (
 
 CHANGE_PARTS: Mapping[str, Callable[..., Any]] = {
     "source": partial(gr.Dropdown, list(differential.SOURCES)),
-    "map_image": partial(image_box, height=320),
+    "map_image": image_box,
     "softness": partial(gr.Slider, 0, 256, step=1),
     "columns": partial(gr.Slider, 2, 16, step=1),
 }

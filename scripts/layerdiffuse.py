@@ -14,7 +14,8 @@ from lib_layerdiffuse.differential import Change
 from lib_layerdiffuse.differential_session import ChangeSession
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.request import Request
-from lib_layerdiffuse.session import Session, Workshop
+from lib_layerdiffuse.session import Session
+from lib_layerdiffuse.workshop import Workshop
 
 log = logging.getLogger("layerdiffuse")
 log.setLevel(logging.INFO)

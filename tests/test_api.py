@@ -25,9 +25,9 @@ from lib_layerdiffuse.images import from_pil, to_pil
 from lib_layerdiffuse.methods import DECODERS, ENCODERS, METHODS, Family
 from lib_layerdiffuse.nets.decoder import TransparentDecoder
 from lib_layerdiffuse.nets.encoder import TransparentEncoder
-from lib_layerdiffuse.session import Workshop
 from lib_layerdiffuse.vae import TransparentVAE
 from lib_layerdiffuse.weights import ASSETS
+from lib_layerdiffuse.workshop import Workshop
 
 DECODER = {key: value.contiguous() for key, value in random_state_dict(ReferenceDecoder(layers=1)).items()}
 ENCODER = {

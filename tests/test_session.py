@@ -20,8 +20,9 @@ from lib_layerdiffuse.injection import WeightPatch
 from lib_layerdiffuse.methods import DECODERS, ENCODERS, Family, Layer, find_method
 from lib_layerdiffuse.nets.encoder import TransparentEncoder
 from lib_layerdiffuse.request import GREY_BACKGROUND, Request
-from lib_layerdiffuse.session import Session, Workshop, check_family
+from lib_layerdiffuse.session import Session, check_family
 from lib_layerdiffuse.vae import TransparentVAE
+from lib_layerdiffuse.workshop import Workshop
 
 METHOD = find_method("sd15_transparent_attn")
 
