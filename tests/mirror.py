@@ -1,5 +1,6 @@
 """A web server on this machine in place of the one that has the weight files."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -77,5 +78,8 @@ def mirrored(body: bytes, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mirror]:
     monkeypatch.setattr(weights, "CHUNK", 1000)
     yield server.mirror
     server.mirror.released.set()
+    for thread in threading.enumerate():  # or a download that is left would go on at the next test's server
+        if thread.name.startswith("download"):
+            thread.join()
     server.shutdown()
     server.server_close()

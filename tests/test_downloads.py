@@ -137,7 +137,7 @@ class Interrupted(Exception):
 
 
 def interrupt(text: str, fraction: float) -> None:
-    if fraction:
+    if fraction >= 5000 / len(BODY):
         raise Interrupted
 
 
