@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from lib_layerdiffuse.differential import TITLE, Change, labelled, map_tensor, overlay_mask, released, union
-from lib_layerdiffuse.hosts.base import Host, check_mask, seen
+from lib_layerdiffuse.hosts.base import Host, check_mask, seen, whole
 from lib_layerdiffuse.images import ResizeMode, fit
 from lib_layerdiffuse.outputs import is_marked, on_checkerboard
 from lib_layerdiffuse.tensors import Latent
@@ -23,7 +23,7 @@ class ChangeSession:
         self.host = host
         self.change = change
         mask = host.mask(p)
-        self.maps = [change.map(image, mask) for image in host.init_images(p)]
+        self.maps = [change.map(whole(image), mask) for image in host.init_images(p)]
         self.masks = [overlay_mask(each, host.steps(p)) for each in self.maps]
         host.set_mask(p, union(self.masks))
         check_mask(host, p)

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from lib_layerdiffuse.controls import IMAGE_NEEDS
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.images import Box, ResizeMode, fit
+from lib_layerdiffuse.images import Box, ResizeMode, fit, read_image
 from lib_layerdiffuse.injection import Injection
 from lib_layerdiffuse.methods import Family
 from lib_layerdiffuse.request import Request
@@ -223,6 +224,14 @@ def seen(host: Host, p: Any, image: Image.Image) -> Image.Image:
         return fit(image.crop(region), ResizeMode.RESIZE_AND_FILL, width, height)
     mode = host.init_mode(p)
     return fit(image, mode, width, height) if mode else image
+
+
+def whole(init: Image.Image) -> Image.Image:
+    """A picture that img2img starts from, as RGBA. Hosts open files without reading them to their end."""
+    try:
+        return read_image(init).convert("RGBA")
+    except ValueError as error:
+        raise LayerDiffuseError(f"The picture that img2img starts from is damaged. Set it to {IMAGE_NEEDS}.") from error
 
 
 def check_mask(host: Host, p: Any) -> None:
