@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -137,11 +139,14 @@ class Workshop:
         path = self._path(method.weights)
         identity = fingerprint(path)
         if identity not in self._injections:
-            for injection in self._injections.values():
-                self.host.forget(injection)
-            self._injections.clear()
+            self._forget_injections()
             self._injections[identity] = load_injection(method, path)
         return self._injections[identity]
+
+    def _forget_injections(self) -> None:
+        while self._injections:
+            self.host.forget(self._injections.popitem()[1])
+        self.host.return_memory()
 
     def _vae(self, family: Family, encodes: bool) -> TransparentVAE:
         decoder = self._net(TransparentDecoder, DECODERS[family])
@@ -163,6 +168,12 @@ class Workshop:
                 show(text, fraction)
 
             return self.downloads.obtain(file, report)
+
+
+def give_back_memory() -> None:
+    """Return to the system what is free: glibc keeps it for the thread that freed it, and jobs come in many threads."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def distinct(images: Sequence[Image.Image]) -> Sequence[Image.Image]:

@@ -3,6 +3,7 @@
 import io
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -25,6 +26,8 @@ from lib_layerdiffuse.vae import TransparentVAE
 from lib_layerdiffuse.workshop import Workshop
 
 METHOD = find_method("sd15_transparent_attn")
+LORA_KEY = "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+LORA = {f"{LORA_KEY}::lora::0": torch.zeros(6, 2), f"{LORA_KEY}::lora::1": torch.zeros(2, 4)}
 
 
 class Halves(nn.Module):
@@ -49,6 +52,7 @@ class SmallHost:
         self.options = {"layerdiffuse_passes": 8, "layerdiffuse_extras": ["opaque"]} | dict(options)
         self.family = family
         self.reports, self.injected, self.notes, self.runs, self.starts = [], [], [], [], []
+        self.forgotten, self.alive_at_return = [], []
         self.folder = None
         self.interrupted_after = None
         self.encoded = 0
@@ -156,6 +160,12 @@ class SmallHost:
 
     def add_runs(self, p, processed, runs):
         processed.runs = runs
+
+    def forget(self, injection):
+        self.forgotten.append(ref(injection))
+
+    def return_memory(self):
+        self.alive_at_return.append([injection() for injection in self.forgotten if injection()])
 
     def vae_latent(self, p, sampler_latent):
         return sampler_latent / 2
@@ -532,15 +542,31 @@ def starting(host, inits, key=METHOD.key, net=None):
     return Session(host, asked, None, TransparentVAE(Halves(), net or encoder()), inits)
 
 
+DECODER = {key: value.contiguous() for key, value in random_state_dict(ReferenceDecoder(layers=1)).items()}
+
+
 @pytest.fixture
 def workshop(tmp_path):
     """With small networks under the names of the released files."""
     host = SmallHost()
     host.folder = tmp_path
-    decoder = {key: value.contiguous() for key, value in random_state_dict(ReferenceDecoder(layers=1)).items()}
-    save_file(decoder, tmp_path / DECODERS[Family.SD15])
+    save_file(DECODER, tmp_path / DECODERS[Family.SD15])
     save_file(ENCODER, tmp_path / ENCODERS[Family.SD15])
     return Workshop(host)
+
+
+def test_weights_are_gone_before_others_are_read(workshop):
+    """Each is up to 3.6 GB: two at a time would not fit everywhere."""
+    host = workshop.host
+    host.family = Family.SDXL
+    keys = ["xl_transparent_attn", "xl_transparent_conv"]
+    save_file(DECODER, host.folder / DECODERS[Family.SDXL])
+    for key in keys:
+        save_file(LORA, host.folder / find_method(key).weights)
+    for key in [keys[0], keys[0], keys[1], keys[0]]:
+        assert workshop.open(job(), request(method=key)).injection.method.key == key
+    assert len(host.forgotten) == 2
+    assert host.alive_at_return == [[], [], []]
 
 
 def opened(workshop, p, **changes):

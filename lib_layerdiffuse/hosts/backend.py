@@ -6,11 +6,12 @@ File and line in comments are of commit dfdcbab6.
 from __future__ import annotations
 
 import base64
+import ctypes
 import io
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from copy import copy
 from functools import wraps
 from itertools import cycle, zip_longest
@@ -433,6 +434,12 @@ class BackendHost:
         if patcher := attributes.pop("host_patcher", None):
             memory_management.unload_model_clones(patcher)
             del attributes["lora_loader"]
+
+    def return_memory(self) -> None:
+        # glibc keeps what is freed for the thread that had it, and the API runs each job in another one: after ten
+        # changes of weights these were gigabytes.
+        with suppress(AttributeError, OSError):  # another libc
+            ctypes.CDLL(None).malloc_trim(0)
 
     def show(self, p: Any, processed: Any, extras: Sequence[Image.Image], frames: int) -> None:
         if has_list(p):

@@ -176,6 +176,9 @@ class Host(Protocol):
     def forget(self, injection: Injection) -> None:
         """Let go of what was loaded of it: it is not used any more."""
 
+    def return_memory(self) -> None:
+        """Give back to the system what was freed."""
+
     def around_sampling(self, p: Any, owner: str, around: Around, finished: Callable[[Latent], None]) -> None:
         """Run the next samplings inside `around(x, noise)`, and hand their final latents to `finished`.
 
