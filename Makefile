@@ -1,6 +1,7 @@
 # make test              checks and unit tests, on the newest and the oldest versions of what the extension meets
 # make forge             this checkout inside an installed Forge; ARGS="…" goes to Forge
 # make forge-test        the tests that drive a real Forge; forge-test-full adds those that take minutes
+# make ui-test           the tests that use the panel in a browser, on a real Forge's page
 # make clean             away with the environments and caches
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ OLDEST_PYTHON ?= $(shell for each in python3.10 $(wildcard $(HOME)/.pyenv/versio
 	.venv/$*/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
-.PHONY: test lint test-newest test-oldest forge forge-test forge-test-full clean
+.PHONY: test lint test-newest test-oldest forge forge-test forge-test-full ui-test clean
 .PRECIOUS: .venv/%/ready
 
 test: lint test-newest test-oldest
@@ -37,6 +38,11 @@ forge-test: .venv/forge/ready
 
 forge-test-full: .venv/forge/ready
 	.venv/forge/bin/python -m pytest tests/forge
+
+# The browser first: where there is none, it is installed.
+ui-test: .venv/page/ready
+	.venv/page/bin/python tools/browser.py
+	.venv/page/bin/python -m pytest tests/page
 
 clean:
 	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache

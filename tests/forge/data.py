@@ -10,7 +10,7 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from tools.forge import CHECKOUT, EXTENSION, Installation, Server, link
@@ -105,7 +105,11 @@ def make_models(installation: Installation, names: Iterable[str] = MODEL_FILES) 
 
 
 def server(
-    installation: Installation, name: str, extensions: Mapping[str, Path], environment: Mapping[str, str] = {}
+    installation: Installation,
+    name: str,
+    extensions: Mapping[str, Path],
+    environment: Mapping[str, str] = {},
+    arguments: Sequence[str] = (),
 ) -> Server:
     """A server that is not started yet, with the probe and the given extensions and no others."""
     folder = root() / name
@@ -114,7 +118,7 @@ def server(
         link(source, folder / "extensions" / link_name)
     (folder / "config.json").write_text(json.dumps(OPTIONS, indent=4), encoding="utf-8")
     probe_file(name).write_text("", encoding="utf-8")
-    arguments = ("--data-dir", str(folder), "--models-dir", str(models()), *SERVER_ARGUMENTS)
+    arguments = ("--data-dir", str(folder), "--models-dir", str(models()), *SERVER_ARGUMENTS, *arguments)
     environment = {PROBE_VARIABLE: str(probe_file(name)), **BUSY_MACHINE, **environment}
     return Server(installation, folder / "forge.log", arguments, environment, START_LIMIT_S)
 

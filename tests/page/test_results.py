@@ -1,0 +1,79 @@
+"""What is done with a result: looked at, downloaded, saved, sent on."""
+
+from PIL import Image, ImageChops
+from playwright.sync_api import expect
+
+from tests.forge.client import (
+    SD15_BG_TO_FG,
+    SD15_FG_TO_BG,
+    SDXL_FG_BLEND_TO_BG,
+    alpha_varies,
+    same,
+)
+from tests.page.tab import content_hash, downloaded, eventually
+
+
+def test_a_transparent_result_is_shown_and_downloaded(txt2img):
+    picture, opaque = txt2img.made()
+    assert alpha_varies(picture) and not alpha_varies(opaque)
+    page = txt2img.page
+    shown = txt2img.results.locator("img[data-testid=detailed-image]")
+    assert same(txt2img.fetched(shown.get_attribute("src")), picture)
+    with page.expect_download() as by_gallery:
+        txt2img.results.get_by_label("Download").click()
+    page.locator("#save_txt2img").click()
+    link = page.locator("#download_files_txt2img a")
+    expect(link).to_be_visible()
+    with page.expect_download() as by_save:
+        link.click()
+    for download in (by_gallery, by_save):
+        assert download.value.suggested_filename.endswith(".png")
+        assert same(downloaded(download.value), picture)
+
+
+def test_a_result_becomes_the_foreground_of_the_next_job(txt2img):
+    result = txt2img.made()[0]
+    txt2img.switch.uncheck()
+    txt2img.send("layerdiffuse_fg")
+    eventually(lambda: (txt2img.ticked, txt2img.method), (True, SD15_FG_TO_BG))
+    txt2img.expect_filled("fg_image")
+    assert same(txt2img.box_picture("fg_image"), result)
+    sent = f"LayerDiffuse foreground image: {content_hash(result)},"
+    assert all(sent in picture.info["parameters"] for picture in txt2img.made())
+
+
+def test_any_picture_of_the_gallery_can_be_the_background(txt2img):
+    result, opaque = txt2img.made()
+    txt2img.select(1)
+    txt2img.send("layerdiffuse_bg")
+    eventually(lambda: txt2img.method, SD15_BG_TO_FG)
+    txt2img.expect_filled("bg_image")
+    assert same(txt2img.box_picture("bg_image"), opaque)
+    txt2img.select(0)
+    txt2img.send("layerdiffuse_bg")  # which the chosen method takes already
+    eventually(lambda: same(txt2img.box_picture("bg_image"), result), True)
+    assert txt2img.method == SD15_BG_TO_FG
+
+
+def test_a_result_becomes_the_blend_of_the_methods_that_take_one(txt2img):
+    result = txt2img.made()[0]
+    txt2img.send("layerdiffuse_blend")
+    eventually(lambda: txt2img.method, SDXL_FG_BLEND_TO_BG)
+    txt2img.expect_filled("blend_image")
+    assert same(txt2img.box_picture("blend_image"), result)
+
+
+def looks_the_same(first, second):
+    """The same alpha, and over black the same colours: a canvas keeps them premultiplied, and so rounds them."""
+    over_black = [Image.alpha_composite(Image.new("RGBA", each.size, "black"), each) for each in (first, second)]
+    furthest = max(high for _, high in ImageChops.difference(*over_black).getextrema())
+    return same(first.getchannel("A"), second.getchannel("A")) and furthest <= 2
+
+
+def test_the_web_uis_own_buttons_keep_alpha(txt2img):
+    result = txt2img.made()[0]
+    for target, tab in {"img2img": "img2img_img2img_tab", "inpaint": "img2img_inpaint_tab"}.items():
+        txt2img.show()
+        txt2img.send(target)
+        eventually(lambda tab=tab: len(txt2img.on_canvas(tab)), 2)
+        assert looks_the_same(txt2img.on_canvas(tab)[1], result)
