@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -168,12 +166,6 @@ class Workshop:
                 show(text, fraction)
 
             return self.downloads.obtain(file, report)
-
-
-def give_back_memory() -> None:
-    """Return to the system what is free: glibc keeps it for the thread that freed it, and jobs come in many threads."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def distinct(images: Sequence[Image.Image]) -> Sequence[Image.Image]:
