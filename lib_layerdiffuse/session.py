@@ -261,7 +261,7 @@ class Session:
         return {layer.value: image for layer, image in (given | made).items()}
 
     def finish(self, p: Any, processed: Any) -> None:
-        """Show the extras behind the pictures, by kind; then run the rest of a chain."""
+        """Show the extras behind the pictures, by kind; run the rest of a chain; leave no memory behind."""
         extras = [
             outputs.mark(picture.extras[name], caption=EXTRAS[name].caption)
             for name in EXTRAS
@@ -275,6 +275,7 @@ class Session:
         chain = self.request.chain
         if chain and self.method.key == chain.method.chain[0].key:
             self._go_on(p, processed, chain)
+        self.host.return_memory()
 
     def _go_on(self, p: Any, processed: Any, asked: Request) -> None:
         """Run the further steps of a chain, each with the images of those before it."""

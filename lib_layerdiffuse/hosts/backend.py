@@ -436,8 +436,8 @@ class BackendHost:
             del attributes["lora_loader"]
 
     def return_memory(self) -> None:
-        # glibc keeps what is freed for the thread that had it, and the API runs each job in another one: after ten
-        # changes of weights these were gigabytes.
+        # glibc keeps what is freed for the thread that had it, and the API runs each job in another one: after some
+        # changes of weights these were gigabytes. Returning them takes some hundredths of a second.
         with suppress(AttributeError, OSError):  # another libc
             ctypes.CDLL(None).malloc_trim(0)
 
