@@ -102,6 +102,20 @@ class Form:
     aliases: Mapping[str, str]
     infotext_aliases: Mapping[str, str]  # the same for infotexts
 
+    def posted(self, entry: object) -> list[object]:
+        """The args in an API request's entry for this script: `{"args": [...]}`, or what stands there without `args`.
+
+        One dict of names is a list of it. Raises LayerDiffuseError where it is neither list nor dict.
+        """
+        args = entry["args"] if isinstance(entry, Mapping) and "args" in entry else entry
+        if isinstance(args, Mapping):
+            return [args]
+        if isinstance(args, list):
+            return args
+        raise LayerDiffuseError(
+            f"The args of {self.title} are {shortened(args)}. Send a dict of names, or a list of values."
+        )
+
     def read(self, args: Sequence[object], changed: Mapping[str, object]) -> dict[str, Any] | None:
         """Every control's value, from one value per control or one dict of names; None, and no further look, when off.
 

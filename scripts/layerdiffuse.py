@@ -200,5 +200,7 @@ if not unsupported:
     script_callbacks.on_image_saved(after_saved)
     host.keep_pixels(must_keep_pixels)
     script_callbacks.on_app_started(lambda blocks, app: host.answer_png(outputs.is_marked))
+    forms = (request.FORM, differential.FORM)
+    script_callbacks.on_app_started(lambda blocks, app: host.read_args({form.title: form.posted for form in forms}))
     script_callbacks.on_app_started(lambda blocks, app: api.register(app, workshop))
     host.show_captions(outputs.caption_of)

@@ -452,6 +452,26 @@ def test_names_in_a_dict(named: dict[str, object], expected: list[object]) -> No
     assert parsed([named]) == parsed(over_defaults(named)) == parsed(expected)
 
 
+@pytest.mark.parametrize(
+    ("entry", "args"),
+    [
+        ({"args": [True, "sd15_joint"]}, [True, "sd15_joint"]),
+        ({"args": {"method": "sd15_joint"}}, [{"method": "sd15_joint"}]),
+        ({"args": []}, []),
+        ([True, "sd15_joint"], [True, "sd15_joint"]),
+        ({"method": "sd15_joint"}, [{"method": "sd15_joint"}]),
+    ],
+)
+def test_an_entry_of_an_api_request(entry: object, args: list[object]) -> None:
+    assert FORM.posted(entry) == args
+
+
+@pytest.mark.parametrize("entry", ["true", 5, True, {"args": None}, {"args": "true"}, {"args": 5}])
+def test_an_entry_that_is_neither_list_nor_dict_is_refused(entry: object) -> None:
+    with pytest.raises(LayerDiffuseError, match=r"The args of LayerDiffuse are .+ Send a dict of names, or a list"):
+        FORM.posted(entry)
+
+
 def test_values_behind_a_dict_are_only_the_panels_defaults() -> None:
     assert parsed([{"weight": 0.5}, "no such method", 9]) == parsed([True, None, 0.5])
 

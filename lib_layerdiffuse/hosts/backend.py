@@ -495,6 +495,27 @@ class BackendHost:
         """
         divert(stealth_infotext, "add_stealth_pnginfo", condition, lambda params: None)
 
+    def read_args(self, readers: Mapping[str, Callable[[object], list[object]]]) -> None:
+        # An entry without `args` would be passed over, for an ordinary picture (modules/api/api.py:359).
+        from modules.api import api
+
+        by_name = {title.lower(): read for title, read in readers.items()}
+
+        def reading(original: Callable[..., Any]) -> Callable[..., Any]:
+            def init_script_args(self: Any, request: Any, *args: Any, **options: Any) -> Any:
+                entries = request.alwayson_scripts or {}
+                try:
+                    own = {name: {"args": by_name[name.lower()](entry)} for name, entry in entries.items()
+                           if entry and name.lower() in by_name}  # fmt: skip
+                except LayerDiffuseError as error:
+                    raise refused(error) from error
+                request.alwayson_scripts = {**entries, **own}
+                return original(self, request, *args, **options)
+
+            return init_script_args
+
+        change(api.Api, "init_script_args", reading)
+
     def answer_png(self, is_ours: Callable[[Any], bool]) -> None:
         """Have the API answer with PNG for our images, whatever the format that files are saved in."""
         from modules.api import api
@@ -678,7 +699,7 @@ def after(module: ModuleType, name: str, then: Callable[[Any], Any]) -> None:
     change(module, name, lambda original: lambda *args: then(original(*args)))
 
 
-def change(module: ModuleType, name: str, changed: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+def change(module: Any, name: str, changed: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     original = getattr(module, name)
     if hasattr(original, "changed_by_layerdiffuse"):  # the host's Reload UI loads scripts again
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +61,9 @@ class Host(Protocol):
 
     def stopping(self) -> bool:
         """Whether the user wants the job to end, now or after this picture."""
+
+    def read_args(self, readers: Mapping[str, Callable[[object], list[object]]]) -> None:
+        """Have the API take the args of the scripts with these titles as their readers read them."""
 
     def fail(self, p: Any, error: Exception, processed: Any = None) -> None:
         """Make the job end with `error` at its next step: hosts swallow what a hook raises.
