@@ -165,12 +165,13 @@ class Form:
         key = self.infotext(name)
         if switch not in found or not key:
             return None
-        raw = found.get(key, self._rows[name].default)
+        default = self._rows[name].default
+        raw = found.get(key, default)
         try:
             value = self._parsed(name, {name: raw})
         except LayerDiffuseError:
             return None
-        return value if isinstance(value, (int, float)) else getattr(value, "label", raw)
+        return getattr(value, "label", raw) if isinstance(default, str) else value
 
     @property
     def _rows(self) -> dict[str, Any]:

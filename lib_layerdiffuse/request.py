@@ -11,8 +11,13 @@ from lib_layerdiffuse.images import ResizeMode
 from lib_layerdiffuse.methods import DEFAULT_METHOD, Layer, Method, Step, find_method, listed
 from lib_layerdiffuse.vae import PASSES
 
-AS_IN_SETTINGS = 0  # decoder passes
+AS_IN_SETTINGS = "as in Settings"
 GREY_BACKGROUND = "plain grey background"  # what the models were trained to see where nothing is
+
+
+def _passes(raw: object) -> int:
+    """0 where the settings say."""
+    return 0 if raw == AS_IN_SETTINGS else one_of(0, *PASSES)(raw)
 
 
 @dataclass(frozen=True)
@@ -108,8 +113,8 @@ class Controls:
     passes: object = control(
         "Decoder Passes",
         AS_IN_SETTINGS,
-        one_of(AS_IN_SETTINGS, *PASSES),
-        "1, 2, 4 or 8, or to 0 for the number on the settings page",
+        _passes,
+        f'1, 2, 4 or 8, or to 0 or "{AS_IN_SETTINGS}" for the number on the settings page',
         infotext="LayerDiffuse passes",
         hint="How often the decoder looks at the picture, turned otherwise each time: 8 give the cleanest edges, "
         "1 takes an eighth of the time.",
@@ -152,7 +157,7 @@ class Request:
     resize_mode: ResizeMode
     images: Mapping[Layer, Sequence[Image.Image]]  # those supplied: one for all pictures, or one for each
     prompts: Mapping[Layer, str]  # those with words in them
-    passes: int = AS_IN_SETTINGS
+    passes: int = 0  # of the decoder; 0: as the settings say
     grey_background: bool = False
     chain: "Request | None" = None  # the one that this is a step of
 

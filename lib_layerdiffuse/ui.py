@@ -59,7 +59,7 @@ PARTS: Mapping[str, Callable[..., Any]] = {
     "fg_prompt": prompt_box,
     "bg_prompt": prompt_box,
     "blend_prompt": prompt_box,
-    "passes": partial(gr.Dropdown, [("as in Settings", AS_IN_SETTINGS), *((str(count), count) for count in PASSES)]),
+    "passes": partial(gr.Dropdown, [AS_IN_SETTINGS, *map(str, PASSES)]),
     "grey_background": gr.Checkbox,
 }
 

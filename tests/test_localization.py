@@ -28,6 +28,7 @@ def controls():
 
 
 def choices():
+    yield request.AS_IN_SETTINGS
     yield from (method.label for method in METHODS)
     yield from (mode.value for mode in ResizeMode)
     yield from differential.SOURCES

@@ -72,7 +72,7 @@ def test_order_and_defaults_are_those_clients_rely_on() -> None:
     order = "enabled, method, weight, ending_step, fg_image, bg_image, blend_image, resize_mode, output_origin"
     assert ", ".join(NAMES) == f"{order}, fg_prompt, bg_prompt, blend_prompt, starting_step, passes, grey_background"
     twelve = [False, DEFAULT_METHOD.label, 1.0, 1.0, None, None, None, "Crop and Resize", False, "", "", ""]
-    assert [*twelve, 0.0, 0, False] == DEFAULTS
+    assert [*twelve, 0.0, "as in Settings", False] == DEFAULTS
 
 
 def test_an_empty_call_is_off() -> None:
@@ -88,7 +88,7 @@ def test_defaults() -> None:
         resize_mode=ResizeMode.CROP_AND_RESIZE,
         images={},
         prompts={},
-        passes=AS_IN_SETTINGS,
+        passes=0,
         grey_background=False,
         chain=None,
     )
@@ -154,7 +154,8 @@ def test_method_by_any_name(method: Method) -> None:
         ("passes", 4, 4),
         ("passes", "8", 8),
         ("passes", 2.0, 2),
-        ("passes", "0", AS_IN_SETTINGS),
+        ("passes", "0", 0),
+        ("passes", AS_IN_SETTINGS, 0),
         ("grey_background", "true", True),
         ("grey_background", 1, True),
         ("resize_mode", "Just Resize", ResizeMode.JUST_RESIZE),
@@ -184,7 +185,7 @@ def test_value(field: str, raw: object, value: object) -> None:
         ("starting_step", -0.5, "Start At (starting_step in API calls) is -0.5", "a number from 0 to 1"),
         ("starting_step", "soon", "'soon'", "a number from 0 to 1"),
         ("starting_step", math.nan, "nan", "a number from 0 to 1"),
-        ("passes", 3, "Decoder Passes (passes in API calls) is 3", "1, 2, 4 or 8, or to 0"),
+        ("passes", 3, "Decoder Passes (passes in API calls) is 3", "1, 2, 4 or 8, or to 0 or"),
         ("passes", 16, "16", "1, 2, 4 or 8"),
         ("passes", 1.5, "1.5", "1, 2, 4 or 8"),
         ("passes", True, "True", "1, 2, 4 or 8"),
@@ -529,7 +530,7 @@ def check_outcome(args: Sequence[object]) -> None:
         assert 0 <= request.weight <= 2
         assert 0 <= request.starting_step <= 1
         assert 0 <= request.ending_step <= 1
-        assert request.passes in (AS_IN_SETTINGS, *PASSES)
+        assert request.passes in (0, *PASSES)
         assert isinstance(request.resize_mode, ResizeMode)
         assert request.images.keys() >= set(request.method.inputs)
         assert all(isinstance(image, Image.Image) for [image] in request.images.values())
@@ -639,7 +640,7 @@ def test_what_means_nothing_leaves_the_panel_as_it_is(name: str, key: str, raw: 
 
 def test_passes_and_grey_background_come_back() -> None:
     back = pasted(PARAMETERS | {"LayerDiffuse passes": "4", "LayerDiffuse grey background": "True"})
-    assert (back["passes"], back["grey_background"]) == (4, True)
+    assert (back["passes"], back["grey_background"]) == ("4", True)
 
 
 def test_a_method_comes_back_by_its_label() -> None:

@@ -64,6 +64,7 @@ def test_white_all_over_is_img2img(forge):
     assert distance(latent(forge, mean_vae(), uploaded(white), FEW), latent(forge, mean_vae(), FEW)) < 1e-4
 
 
+@pytest.mark.full
 def test_a_ramp_changes_more_and_more(forge):
     answer = forge.img2img(cut_out(SIZE), TRANSPARENT, uploaded(ramp()))
     assert answer.status == 200, answer.body

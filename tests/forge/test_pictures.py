@@ -105,6 +105,7 @@ def test_the_second_sdxl_picture_reads_and_merges_nothing(forge):
     assert MERGING not in forge.logged_since(mark)
 
 
+@pytest.mark.full
 @pytest.mark.sdxl
 def test_sd15_after_sdxl_is_what_it_was_before(forge):
     """Nothing of one family is used for the other."""

@@ -3,6 +3,7 @@
 Without an installed Forge everything here is skipped, as in tests/forge.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tools.browser import BrowserError, find_browser
 from tools.forge import Installation, free_port
 
 SERVER = "page"
+DEFAULTS = {"Weight": 0.9, "Decoder Passes": "2", "Resize Mode": "Just Resize"}  # of the img2img tab, other than ours
 # Nothing on the screen, and nothing that talks to the internet.
 ARGUMENTS = (
     "--no-sandbox",
@@ -39,9 +41,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def forge(installation: Installation) -> Iterator[Forge]:  # noqa: F811
     hub_port = free_port()  # a download fails at once, unless a test serves it there
     environment = {"HF_ENDPOINT": f"http://127.0.0.1:{hub_port}"}
+    write_defaults()
     page_files = ("--gradio-allowed-path", str(installation.directory))  # with a data folder elsewhere, its own are not
     with data.server(installation, SERVER, data.OURS, environment, page_files) as server:
         yield Forge(server, data.probe_file(SERVER), data.root() / SERVER, hub_port)
+
+
+def write_defaults() -> None:
+    """As the web UI keeps them for its user, and writes all others there when it starts."""
+    path = data.root() / SERVER / "ui-config.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = {f"customscript/layerdiffuse.py/img2img/{label}/value": value for label, value in DEFAULTS.items()}
+    path.write_text(json.dumps(values), encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

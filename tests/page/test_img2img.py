@@ -12,6 +12,11 @@ LEFT, RIGHT = (0, 0, 40, 64), (40, 0, 64, 64)
 CORNER, RIM = (0, 0, 6, 6), (16, 28, 24, 36)
 
 
+def test_a_user_s_own_defaults_count(img2img):
+    settings = img2img.settings
+    assert (settings["weight"], settings["passes"], settings["resize_mode"]) == (0.9, "2", "Just Resize")
+
+
 def test_a_change_map_from_alpha_keeps_what_it_protects(img2img, cutout):
     page = img2img.page
     page.locator("#img2img_img2img_tab input[type=file]").first.set_input_files(cutout)
