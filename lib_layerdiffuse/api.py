@@ -33,7 +33,7 @@ from lib_layerdiffuse.api_messages import (
 from lib_layerdiffuse.controls import IMAGE_NEEDS
 from lib_layerdiffuse.downloads import Status, find_asset
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.images import FORMATS, checkerboard, from_pil, over_grey, read_image, to_pil
+from lib_layerdiffuse.images import TooLarge, checkerboard, from_pil, over_grey, read_image, to_pil
 from lib_layerdiffuse.methods import METHODS, Family, Method, listed, nearest, needed_files, shortened
 from lib_layerdiffuse.tensors import Latent
 from lib_layerdiffuse.vae import LATENT_STRIDE
@@ -178,12 +178,9 @@ def picture(name: str, data: str) -> Image.Image:
     """The image in a field of that name. One that is too large is refused before its pixels are decoded."""
     try:
         with needing(name, IMAGE_NEEDS):
-            image = Image.open(io.BytesIO(decoded(data.partition(",")[2] or data)), formats=FORMATS)
-    except Image.DecompressionBombError as error:
+            return read_image(data, MAX_PIXELS)
+    except TooLarge as error:
         raise too_large(name) from error
-    check_pixels(name, *image.size)
-    with needing(name, IMAGE_NEEDS):
-        return read_image(image)
 
 
 def read_latent(data: str, image: Image.Image) -> Latent:
@@ -207,7 +204,7 @@ def needing(name: str, needs: str) -> Iterator[None]:
     """Damaged files raise whatever they like: say what the field needs."""
     try:
         yield
-    except Image.DecompressionBombError:
+    except TooLarge:
         raise
     except Exception as error:
         raise LayerDiffuseError(f"{name} cannot be read. Set it to {needs}.") from error
@@ -220,18 +217,14 @@ def check_cells(name: str, image: Image.Image) -> None:
         )
 
 
-def check_pixels(name: str, width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise too_large(name)
-
-
 def too_large(name: str) -> HTTPException:
     return HTTPException(413, f"{name} has more than {MAX_PIXELS:,} pixels, which is the limit. Choose a smaller size.")
 
 
 def ground(background: str, width: int, height: int) -> Image.Image:
     """What layers lie on: RGBA."""
-    check_pixels("The canvas", width, height)
+    if width * height > MAX_PIXELS:
+        raise too_large("The canvas")
     if background == "checkerboard":
         return to_pil(checkerboard(height, width)[0]).convert("RGBA")
     if background == "transparent":

@@ -146,17 +146,17 @@ def content_hash(image: Image.Image) -> str:
 
 
 class TooLarge(ValueError):
-    """An image of more than MAX_PIXELS."""
+    """An image of more pixels than allowed."""
 
 
-def read_image(raw: Any) -> Image.Image:
+def read_image(raw: Any, most: int = MAX_PIXELS) -> Image.Image:
     """An image from what panels and API calls send: an array [H, W, 3 or 4] of bytes, a PIL image, base64, a data URL.
 
-    Of an animation, the first picture. Raises TooLarge for a file that holds more than MAX_PIXELS, before they are
+    Of an animation, the first picture. Raises TooLarge for a file that holds more than `most` pixels, before they are
     decoded; any other ValueError where it is none of these, or not whole.
     """
     try:
-        image = raw if isinstance(raw, Image.Image) else _image_from(raw)
+        image = raw if isinstance(raw, Image.Image) else _image_from(raw, most)
         if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off instead of scaling
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         image.resize((1, 1))  # loads it, and fails where there is nothing
@@ -167,13 +167,13 @@ def read_image(raw: Any) -> Image.Image:
         raise ValueError("not an image") from error
 
 
-def _image_from(raw: Any) -> Image.Image:
+def _image_from(raw: Any, most: int) -> Image.Image:
     if isinstance(raw, np.ndarray):
         return Image.fromarray(raw)
     data = raw.partition(",")[2] if raw.startswith("data:") else raw
     file = base64.b64decode(data.encode().translate(None, string.whitespace.encode()), validate=True)
     image = Image.open(io.BytesIO(file), formats=FORMATS)
-    if image.width * image.height > MAX_PIXELS:
+    if image.width * image.height > most:
         raise TooLarge
     return image
 

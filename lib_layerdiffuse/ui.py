@@ -280,8 +280,7 @@ def show_what_is_used(parts: Mapping[str, Any], chooser: str, used: Callable[[st
         lambda choice: [gr.update(visible=shown) for shown in used(choice).values()],
         inputs=[parts[chooser]],
         outputs=[parts[name] for name in boxes],
-        show_progress=False,
-        queue=False,
+        **QUICK,
     )
 
 
