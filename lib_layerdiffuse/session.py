@@ -33,13 +33,12 @@ from lib_layerdiffuse.notes import alpha_note, sampler_for
 from lib_layerdiffuse.outputs import EXTRAS, OPAQUE, RGBA, Picture, host_pixels, make_extras
 from lib_layerdiffuse.request import FORM, Request
 from lib_layerdiffuse.tensors import Latent, Rgb, Rgba
-from lib_layerdiffuse.vae import LATENT_STRIDE, TransparentVAE, is_out_of_memory
+from lib_layerdiffuse.vae import DECODE_CHANNELS, LATENT_STRIDE, TransparentVAE, is_out_of_memory
 
 log = logging.getLogger("layerdiffuse")
 
-# What the networks keep alive at their peak: about this many channels of the picture's size (generous estimates, by
+# What the encoder keeps alive at its peak: about this many channels of the picture's size (a generous estimate, by
 # which the host makes room beforehand).
-DECODE_CHANNELS = 600
 ENCODE_CHANNELS = 100
 
 

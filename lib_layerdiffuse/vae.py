@@ -1,7 +1,7 @@
 """Transparency in and out of latents, on whatever device the networks are."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -9,11 +9,18 @@ from torch.nn import functional as F
 
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.images import pad_colors
+from lib_layerdiffuse.nets.decoder import TransparentDecoder
+from lib_layerdiffuse.nets.strips import StripDecoder
 from lib_layerdiffuse.tensors import Latent, Rgb, Rgba
 
 LATENT_STRIDE = 8  # pixels per latent cell, in each direction
 DECODER_STRIDE = 64  # the decoder halves its input six times
 OFFSET_SCALE = 300.0  # raw encoder output -> offset in the latent (`alpha=300` in the author's diffusers tool)
+
+DECODE_CHANNELS = 600  # one pass over a picture takes the memory of so many channels of its size
+BATCH_PIXELS = 2**20  # a GPU is busy with so many at once; more only take more memory
+
+Network: TypeAlias = Callable[..., Tensor]
 
 OUT_OF_MEMORY = torch.cuda.OutOfMemoryError
 OUT_OF_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
@@ -37,26 +44,55 @@ ORIENTATIONS = tuple(Orientation(flipped, turns) for flipped in (False, True) fo
 PASSES = (1, 2, 4, 8)  # how many of them a decode may use, from the first on
 
 
-class InParts:
-    """A network over a batch: all at once, and each time memory runs out half as many pictures at a time."""
+def in_groups(orientations: Sequence[Orientation], square: bool, size: int) -> Iterator[Sequence[Orientation]]:
+    """At most `size` each, of one shape: where pictures are not square, upright and sideways ones by themselves."""
+    for alike in [orientations] if square else [orientations[::2], orientations[1::2]]:
+        yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
-    def __init__(self, net: nn.Module, at_once: int) -> None:
+
+class InParts:
+    """A network over a batch: all at once, and each time memory runs out half as many pictures at a time.
+
+    smaller: another form of the network, slower and with less need of memory, for when not even one picture fits.
+    """
+
+    def __init__(self, net: Network, at_once: int, smaller: Network | None = None) -> None:
         self.net = net
         self.at_once = at_once
+        self.smaller = smaller
 
     def __call__(self, *batches: Tensor) -> Tensor:
+        self.at_once = min(self.at_once, len(batches[0]))
         while True:
             try:
                 return torch.cat([self.net(*part) for part in zip(*(batch.split(self.at_once) for batch in batches))])
             except RuntimeError as error:
-                if self.at_once == 1 or not is_out_of_memory(error):
+                if (self.at_once == 1 and not self.smaller) or not is_out_of_memory(error):
                     raise
-            self.at_once = (self.at_once + 1) // 2  # and again, outside the handler: the traceback holds tensors
+            # And again, outside the handler: the traceback holds tensors.
+            if self.at_once == 1 and self.smaller:
+                self.net, self.smaller = self.smaller, None
+            self.at_once = (self.at_once + 1) // 2
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Only CUDA's has a class of its own; the CPU's, MPS's and the libraries' are known by their words."""
     return isinstance(error, OUT_OF_MEMORY) or any(words in str(error) for words in OUT_OF_MEMORY_WORDS)
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that a new tensor could have there; infinite where torch cannot tell."""
+    if device.type != "cuda":
+        return float("inf")
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def pictures_at_once(pixels: Tensor, weight: Tensor) -> int:
+    """How many pictures of this size the whole network should see at a time, memory permitting."""
+    area = pixels.shape[2] * pixels.shape[3]
+    fitting = free_memory(weight.device) // (DECODE_CHANNELS * area * weight.element_size())
+    return int(max(1, min(BATCH_PIXELS // area, fitting)))
 
 
 def check_sizes(rgb: Rgb, latent: Latent) -> None:
@@ -75,6 +111,12 @@ def pad_to_multiple(picture: Tensor, multiple: int) -> Tensor:
     """Right and bottom edges repeated: [B, C, H, W] -> the next sizes that `multiple` divides."""
     height, width = picture.shape[2:]
     return F.pad(picture, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+
+
+def median(answers: Sequence[Tensor]) -> Rgba:
+    """Of each value of Argb, the lower one where there are two."""
+    alpha, color = torch.stack(list(answers)).median(dim=0).values.split([1, 3], dim=1)
+    return torch.cat([color, alpha], dim=1)
 
 
 class TransparentVAE:
@@ -97,19 +139,28 @@ class TransparentVAE:
             raise ValueError(f"passes is {passes}, expected one of {PASSES}")
         check_sizes(rgb, latent)
         height, width = rgb.shape[2:]
-        network = InParts(self.decoder, len(rgb))
         weight = next(self.decoder.parameters(), rgb)
-        pixels = pad_to_multiple(rgb.float(), DECODER_STRIDE).to(weight)
-        cells = pad_to_multiple(latent.float(), DECODER_STRIDE // LATENT_STRIDE).to(weight)
+        pixels = pad_to_multiple(rgb.float(), DECODER_STRIDE).to(weight.device)
+        cells = pad_to_multiple(latent.float(), DECODER_STRIDE // LATENT_STRIDE).to(weight.device)
+        network = self._network(pixels, weight)
 
         answers: list[Tensor] = []
-        for orientation in ORIENTATIONS[:passes]:
-            raw = network(orientation.apply(pixels), orientation.apply(cells))
-            answers.append(orientation.undo(raw)[..., :height, :width].float().clamp(0, 1))
-            if on_pass is not None and not on_pass(len(answers), passes):
-                break
-        alpha, color = torch.stack(answers).median(dim=0).values.split([1, 3], dim=1)
-        return torch.cat([color, alpha], dim=1).to(rgb.device)
+        for group in in_groups(ORIENTATIONS[:passes], height == width, max(1, network.at_once // len(rgb))):
+            raw = network(*(torch.cat([each.apply(x) for each in group]) for x in (pixels, cells)))
+            for orientation, answer in zip(group, raw.chunk(len(group))):
+                answers.append(orientation.undo(answer)[..., :height, :width].float().clamp(0, 1))
+                if on_pass is not None and not on_pass(len(answers), passes):
+                    return median(answers).to(rgb.device)
+        return median(answers).to(rgb.device)
+
+    def _network(self, pixels: Tensor, weight: Tensor) -> InParts:
+        """The decoder in the form that suits its device: on a processor in strips, elsewhere in strips if it must."""
+        if not isinstance(self.decoder, TransparentDecoder):
+            return InParts(self.decoder, pictures_at_once(pixels, weight))
+        if weight.device.type == "cpu":
+            return InParts(StripDecoder(self.decoder, precision=torch.float32), 1)
+        in_strips = StripDecoder(self.decoder, storage=torch.device("cpu"))
+        return InParts(self.decoder, pictures_at_once(pixels, weight), smaller=in_strips)
 
     @torch.no_grad()
     def encode(self, rgba: Rgba) -> Latent:

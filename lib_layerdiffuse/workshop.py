@@ -21,9 +21,9 @@ from lib_layerdiffuse.nets.decoder import TransparentDecoder
 from lib_layerdiffuse.nets.encoder import TransparentEncoder
 from lib_layerdiffuse.notes import notes
 from lib_layerdiffuse.request import Request
-from lib_layerdiffuse.session import DECODE_CHANNELS, ENCODE_CHANNELS, Session, check_family, with_room
+from lib_layerdiffuse.session import ENCODE_CHANNELS, Session, check_family, with_room
 from lib_layerdiffuse.tensors import Latent, Rgb, Rgba
-from lib_layerdiffuse.vae import LATENT_STRIDE, TransparentVAE
+from lib_layerdiffuse.vae import DECODE_CHANNELS, LATENT_STRIDE, TransparentVAE
 from lib_layerdiffuse.weights import REPLACE, fingerprint, read_tensors
 
 Net = TypeVar("Net", TransparentDecoder, TransparentEncoder)

@@ -267,8 +267,9 @@ def test_interrupt_ends_decoding_after_the_pass_under_way():
     assert work.finish_picture(p, 0, shown(pixels(1)[0])).mode == "RGBA"
 
 
-@pytest.mark.parametrize(("failures", "succeeds"), [(1, True), (2, False)])
+@pytest.mark.parametrize(("failures", "succeeds"), [(4, True), (8, False)])
 def test_out_of_memory_moves_on_to_a_roomier_place(failures, succeeds):
+    """In each of the two places eight orientations at once are too many, and so are four, two, and one."""
     work = session(SmallHost(), Halves([torch.cuda.OutOfMemoryError("CUDA out of memory")] * failures))
     p = job([torch.ones(1, 4, 2, 2)])
     work.before_sampling(p)

@@ -6,11 +6,12 @@ import torch
 from reference import ReferenceDecoder, random_state_dict, reference_encoder
 from torch import nn
 
+from lib_layerdiffuse import vae
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.images import pad_colors
 from lib_layerdiffuse.nets.decoder import TransparentDecoder
 from lib_layerdiffuse.nets.encoder import TransparentEncoder
-from lib_layerdiffuse.vae import ORIENTATIONS, TransparentVAE
+from lib_layerdiffuse.vae import ORIENTATIONS, TransparentVAE, in_groups
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,39 @@ def test_orientations_are_eight_different_ones_and_undone():
         assert torch.equal(orientation.undo(each), picture)
     flipped_then_turned = ORIENTATIONS[5].apply(picture)
     assert flipped_then_turned.tolist() == [[[[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]]]
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 8])
+def test_groups_hold_every_orientation_once_and_one_shape_each(size):
+    groups = list(in_groups(ORIENTATIONS, square=False, size=size))
+    assert sorted(each for group in groups for each in group) == sorted(ORIENTATIONS)
+    assert all(0 < len(group) <= size for group in groups)
+    assert all(len({orientation.quarter_turns % 2 for orientation in group}) == 1 for group in groups)
+    assert len(list(in_groups(ORIENTATIONS, square=True, size=size))) == -(-8 // size)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (64, 128)])
+@pytest.mark.parametrize("passes", [1, 2, 8])
+def test_orientations_together_answer_as_one_after_the_other(decoder, height, width, passes):
+    rgb, latent = random_input(height, width, batch=2)
+    roomy = Cramped(decoder, 16, None)
+    rgba = TransparentVAE(roomy).decode(rgb, latent, passes)
+    assert len(roomy.sizes) == (1 if height == width else min(2, passes))
+    torch.testing.assert_close(rgba, plain_decode(decoder, rgb, latent, passes), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("side", "free", "expected"),
+    [
+        (512, float("inf"), 4),  # as many as make BATCH_PIXELS
+        (2048, float("inf"), 1),
+        (512, 2 * 600 * 512 * 512 * 4, 2),
+        (512, 0, 1),  # it must be tried
+    ],
+)
+def test_as_many_pictures_at_once_as_there_is_memory_for(monkeypatch, side, free, expected):
+    monkeypatch.setattr(vae, "free_memory", lambda device: free)
+    assert vae.pictures_at_once(torch.empty(1, 3, side, side, device="meta"), torch.zeros(1)) == expected
 
 
 def test_every_picture_of_a_batch_comes_out_as_it_does_alone(decoder):
@@ -159,21 +193,21 @@ def test_out_of_memory_halves_the_batch_until_it_fits(decoder, error):
     rgb, latent = random_input(64, 64, batch=5)
     cramped = Cramped(decoder, 2, error)
     rgba = TransparentVAE(cramped).decode(rgb, latent, passes=2)
-    assert cramped.sizes == [5, 3, 2, 2, 1, 2, 2, 1]
+    assert cramped.sizes == [10, 5, 3, 2, 2, 2, 2, 2]  # two orientations of five pictures
     torch.testing.assert_close(rgba, TransparentVAE(decoder).decode(rgb, latent, passes=2), rtol=1e-5, atol=1e-6)
 
 
 def test_out_of_memory_is_passed_on_where_not_even_one_picture_fits(decoder):
     cramped = Cramped(decoder, 0, OUT_OF_MEMORY_ERRORS["CUDA"])
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        TransparentVAE(cramped).decode(*random_input(64, 64, batch=4))
+        TransparentVAE(cramped).decode(*random_input(64, 64, batch=4), passes=1)
     assert cramped.sizes == [4, 2, 1]
 
 
 def test_other_errors_are_passed_on_at_once(decoder):
     cramped = Cramped(decoder, 1, RuntimeError("expected scalar type Half but found Float"))
     with pytest.raises(RuntimeError, match="scalar type"):
-        TransparentVAE(cramped).decode(*random_input(64, 64, batch=4))
+        TransparentVAE(cramped).decode(*random_input(64, 64, batch=4), passes=1)
     assert cramped.sizes == [4]
 
 

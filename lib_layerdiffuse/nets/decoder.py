@@ -40,8 +40,8 @@ class ResNet(nn.Module):
         self.conv_shortcut = nn.Identity() if width_in == width_out else nn.Conv2d(width_in, width_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
+        y = self.conv1(F.silu(self.norm1(x), inplace=True))
+        y = self.conv2(F.silu(self.norm2(y), inplace=True))
         return self.conv_shortcut(x) + y
 
 
@@ -210,7 +210,8 @@ class TransparentDecoder(nn.Module):
         return hold(net, state_dict)
 
     def forward(self, rgb: Rgb, latent: Latent) -> Argb:
-        """The raw answer, not clipped to [0, 1]."""
+        """The raw answer, not clipped to [0, 1]; the input may be in another precision."""
+        rgb, latent = (each.to(self.conv_in.weight) for each in (rgb, latent))
         x = self.conv_in(rgb)
         skips = [x]
         for level, block in enumerate(self.down_blocks):
