@@ -35,7 +35,7 @@ def strip_bytes(request, monkeypatch):
 @torch.no_grad()
 def test_strips_answer_as_the_whole_network(net, batch):
     rgb, latent = random_input(batch=batch)
-    torch.testing.assert_close(StripDecoder(net)(rgb, latent), net(rgb, latent), rtol=0, atol=5e-6)
+    torch.testing.assert_close(StripDecoder(net)(rgb, latent), net(rgb, latent), rtol=0, atol=2e-5)
 
 
 @torch.no_grad()
@@ -55,9 +55,9 @@ def test_the_next_picture_finds_nothing_of_the_last(net):
     kept = first.clone()
     second = decoder(*random_input(seed=2))
     assert torch.equal(first, kept)
-    torch.testing.assert_close(second, net(*random_input(seed=2)), rtol=0, atol=5e-6)
+    torch.testing.assert_close(second, net(*random_input(seed=2)), rtol=0, atol=2e-5)
     turned = random_input(192, 128, seed=3)
-    torch.testing.assert_close(decoder(*turned), net(*turned), rtol=0, atol=5e-6)
+    torch.testing.assert_close(decoder(*turned), net(*turned), rtol=0, atol=2e-5)
 
 
 @torch.no_grad()
@@ -112,7 +112,7 @@ def test_moments_of_strips_are_those_of_the_whole(offset):
     values = torch.randn(2, 3, 30, 7) * torch.linspace(0.5, 2, 30)[:, None] + offset
     moments = Moments()
     for strip in values.split([16, 10, 4], dim=2):
-        moments.add(strip, torch.empty_like(strip))
+        moments.add(strip.contiguous(memory_format=torch.channels_last))
     found = moments.of_all(values)
     torch.testing.assert_close(found.mean, values.mean((2, 3)))
     torch.testing.assert_close(found.variance, values.double().var((2, 3), correction=0).float(), rtol=1e-4, atol=0)
@@ -141,7 +141,7 @@ def test_where_not_one_picture_fits_the_maps_move_to_main_memory(net):
     crowded = Crowded.from_state_dict(net.state_dict())
     network = vae.InParts(crowded, 4, smaller=StripDecoder(crowded, storage=torch.device("cpu")))
     rgb, latent = random_input(batch=2)
-    torch.testing.assert_close(network(rgb, latent), net(rgb, latent), rtol=0, atol=5e-6)
+    torch.testing.assert_close(network(rgb, latent), net(rgb, latent), rtol=0, atol=2e-5)
     assert isinstance(network.net, StripDecoder)
 
 
