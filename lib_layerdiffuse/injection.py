@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.methods import Family, Method
-from lib_layerdiffuse.nets.attention_sharing import AttentionSharing
+from lib_layerdiffuse.nets.attention_sharing import AttentionSharing, FoldedSharing
 from lib_layerdiffuse.tensors import StateDict
 from lib_layerdiffuse.weights import REPLACE, fingerprint, read_tensors
 
@@ -66,11 +66,11 @@ class Injection:
 
     method: Method
     identity: str
-    content: WeightPatch | AttentionSharing
+    content: WeightPatch | FoldedSharing
 
 
-CONTENTS: Mapping[Family, Callable[[StateDict], WeightPatch | AttentionSharing]] = {
-    Family.SD15: AttentionSharing.from_state_dict,
+CONTENTS: Mapping[Family, Callable[[StateDict], WeightPatch | FoldedSharing]] = {
+    Family.SD15: lambda sd: AttentionSharing.from_state_dict(sd).folded(),
     Family.SDXL: WeightPatch.from_state_dict,
 }
 
@@ -80,7 +80,7 @@ def load_injection(method: Method, path: Path) -> Injection:
     sd = read_tensors(path)
     try:
         content = CONTENTS[method.family](sd)
-        if isinstance(content, AttentionSharing) and content.frames != method.frames:
+        if isinstance(content, FoldedSharing) and content.frames != method.frames:
             raise LayerDiffuseError(f"expected {method.frames} frames for each picture, found {content.frames}")
         if content.conditions != len(method.inputs):
             raise LayerDiffuseError(f"expected {len(method.inputs)} condition images, found {content.conditions}")

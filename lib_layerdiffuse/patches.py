@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.nets.attention_sharing import ATTENTIONS, LEVELS, AttentionSharing, AttentionSharingUnit
+from lib_layerdiffuse.nets.attention_sharing import ATTENTIONS, LEVELS, FoldedSharing, FoldedUnit, Layer
 from lib_layerdiffuse.tensors import Latent, Rgb, Tokens
 
 Block = tuple[str, int]
@@ -74,7 +75,7 @@ def condition_patch(weights: Tensor, latents: Latent, weight: float, switch: Swi
     return Patch("input_block_patch", patch)
 
 
-def control_patches(sharing: AttentionSharing, picture: Rgb, weight: float, switch: Switch) -> list[Patch]:
+def control_patches(sharing: FoldedSharing, picture: Rgb, weight: float, switch: Switch) -> list[Patch]:
     """What adds the control signals to the hidden states before any other patch, and to the answer after all others.
 
     Outermost, unlike the rest: where other extensions merge tokens in between, they still are as many as the signal's.
@@ -114,26 +115,66 @@ def control_patches(sharing: AttentionSharing, picture: Rgb, weight: float, swit
     ]
 
 
-def units_of(sharing: AttentionSharing) -> dict[Key, AttentionSharingUnit]:
+def units_of(sharing: FoldedSharing) -> dict[Key, FoldedUnit]:
     return {(name, block): unit for name in ATTENTIONS for block, unit in sharing.units(name).items()}
 
 
-def attention_patches(
-    sharing: AttentionSharing, hosts: Mapping[Key, Any], weight: float, switch: Switch
-) -> list[Patch]:
-    """What puts the units of `sharing` into a UNet.
+class Layers:
+    """The units on the UNet's own attention layers, each made when it is first called.
+
+    hosts: the UNet's attention modules. version: changes with their weights, LoRAs included; layers are then made anew.
+    """
+
+    def __init__(
+        self, sharing: FoldedSharing, hosts: Mapping[Key, Any], weight: float, version: Callable[[], object]
+    ) -> None:
+        self.units = units_of(sharing)
+        self._hosts = hosts
+        self._weight = weight
+        self._version = version
+        self.made: dict[Key, Layer] = {}
+        self._made_of: object = None
+        self._text: Tokens | None = None
+        self._latest: Tokens | None = None
+
+    def at(self, key: Key, like: Tokens) -> Layer:
+        if key not in self.made:
+            self.made[key] = Layer(self.units[key], self._hosts[key], self._weight, like)
+        return self.made[key]
+
+    def text(self, latest: Tokens) -> Tokens:
+        """The text that came first, if this is the same: the host has one object in a step, another in the next."""
+        if latest is not self._latest:
+            self._latest = latest
+            if self._text is None or not torch.equal(self._text, latest):
+                self._text = latest
+        assert self._text is not None
+        return self._text
+
+    def refresh(self) -> None:
+        """Forget those that were made of other weights than the UNet's are now."""
+        if self._made_of != (version := self._version()):
+            self.clear()
+            self._made_of = version
+
+    def clear(self) -> None:
+        self.made.clear()
+        self._text = self._latest = None
+
+
+def attention_patches(layers: Layers, switch: Switch) -> list[Patch]:
+    """What puts the units into a UNet.
 
     They nest innermost, as a module would: last before the attention, first after it. The host computes its own
     attention in between: on one token, as its answer is not used. Other extensions' replacements of the attention
     itself (`patches_replace`: SAG, PAG, IP-Adapter, StyleAlign) are called with our q, k and v; some come and go within
     a step, so what is in force is noted at each pass through the UNet.
-    hosts: the UNet's own attention modules.
     """
-    units = units_of(sharing)
     pending: dict[Key, tuple[Tokens, Tokens, Tokens]] = {}
     replaced: dict[str, Mapping[Any, Any]] = {}
 
     def note(h: Tensor, options: Mapping[str, Any]) -> Tensor:
+        layers.refresh()
         replaced.update({name: options.get("patches_replace", {}).get(name, {}) for name in ATTENTIONS})
         return h
 
@@ -143,7 +184,7 @@ def attention_patches(
     def before(name: str) -> Callable[..., tuple[Tokens, Tokens, Tokens]]:
         def patch(h: Tokens, context: Tokens, value: Tokens, extra: Mapping[str, Any]) -> tuple[Tokens, Tokens, Tokens]:
             block = extra["block"]
-            if (name, block) not in units or not switch.on:
+            if (name, block) not in layers.units or not switch.on:
                 return h, context, value
             pending[name, block] = h, context, value
             if replacement(name, block):  # it may count on the shapes that it knows
@@ -159,7 +200,10 @@ def attention_patches(
                 return answer
             other = replacement(*key)
             mix = (lambda q, k, v: other(q, k, v, extra)) if other else None
-            return units[key](*pending.pop(key), hosts[key], weight, mix)
+            h, context, value = pending.pop(key)
+            if name == "attn2":
+                context, value = layers.text(context), layers.text(context) if value is context else value
+            return layers.at(key, h)(h, context, value, mix)
 
         return patch
 

@@ -8,7 +8,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.nets.attention_sharing import ATTENTIONS, BLOCKS, LEVELS, AttentionSharing, attend_frames
+from lib_layerdiffuse.nets.attention_sharing import (
+    ATTENTIONS,
+    BLOCKS,
+    LEVELS,
+    AttentionSharing,
+    Layer,
+    affine_of,
+    attend_frames,
+)
 
 WIDTH, CONTEXT, RANK, HEADS, SIGNAL = 8, 12, 4, 2, 6
 # Of the control encoder's first stage; the other three have two convolutions of the signal's width.
@@ -25,6 +33,7 @@ class HostAttention(nn.Module):
         self.to_k = nn.Linear(context, WIDTH, bias=False)
         self.to_v = nn.Linear(context, WIDTH, bias=False)
         self.to_out = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0))
+        self.requires_grad_(False)
 
     def forward(self, h, context, value):
         return self.to_out(softmax_attention(self.to_q(h), self.to_k(context), self.to_v(value)))
@@ -40,7 +49,7 @@ def convolution(name: str, n_in: int, n_out: int, size: int) -> dict[str, tuple[
     return {f"{name}.weight": (n_out, n_in, size, size), f"{name}.bias": (n_out,)}
 
 
-def random_file(frames: int, control: bool = False) -> dict[str, torch.Tensor]:
+def random_file(frames: int, control: bool = False, rank: int = RANK) -> dict[str, torch.Tensor]:
     """A state dict with the released keys."""
     rng = torch.Generator().manual_seed(frames)
     shapes = {}
@@ -49,8 +58,8 @@ def random_file(frames: int, control: bool = False) -> dict[str, torch.Tensor]:
         n_in = {"to_q": WIDTH, "to_k": (WIDTH, CONTEXT)[i % 2], "to_v": (WIDTH, CONTEXT)[i % 2], "to_out": WIDTH}
         for name, width in n_in.items():
             for f in range(frames):
-                shapes[f"{unit}.{name}_lora.{f}.down.weight"] = (RANK, width)
-                shapes[f"{unit}.{name}_lora.{f}.up.weight"] = (WIDTH, RANK)
+                shapes[f"{unit}.{name}_lora.{f}.down.weight"] = (rank, width)
+                shapes[f"{unit}.{name}_lora.{f}.up.weight"] = (WIDTH, rank)
         for letter in "iqkvo":
             shapes |= {f"{unit}.temporal_{letter}.weight": (WIDTH, WIDTH), f"{unit}.temporal_{letter}.bias": (WIDTH,)}
         shapes |= {f"{unit}.temporal_n.weight": (WIDTH,), f"{unit}.temporal_n.bias": (WIDTH,)}
@@ -110,31 +119,73 @@ def seed():
 
 @pytest.mark.parametrize("weight", [0.0, 0.7, 1.0, 2.0])
 @pytest.mark.parametrize("frames", [1, 2, 3])
+@pytest.mark.parametrize("rank", [RANK, 1], ids=["merged", "beside"])
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_unit_equals_formulas(attention, frames, weight):
-    sd = random_file(frames)
+def test_unit_equals_formulas(attention, rank, frames, weight):
+    sd = random_file(frames, rank=rank)
     is_text = attention == "attn2"
     index = 7 * len(ATTENTIONS) + is_text
     host = HostAttention(CONTEXT if is_text else WIDTH)
     h = torch.randn(2 * frames, 5, WIDTH)
     context = torch.randn(2 * frames, 7, CONTEXT) if is_text else None
     source = h if context is None else context
-    unit = AttentionSharing.from_state_dict(sd).units(attention)[BLOCKS[7]]
+    layer = Layer(AttentionSharing.from_state_dict(sd).folded().units(attention)[BLOCKS[7]], host, weight, h)
     expected = reference(sd, index, frames, host, h, context, weight)
-    torch.testing.assert_close(unit(h, source, source, host, weight), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer(h, source, source), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 5e-3), (torch.bfloat16, 4e-2)], ids=str)
+@pytest.mark.parametrize("rank", [RANK, 1], ids=["merged", "beside"])
+@pytest.mark.parametrize("frames", [1, 3])
+def test_half_precision_stays_near_the_formulas(frames, rank, dtype, tolerance):
+    """Relative to the largest value: a few roundings of the result in that precision (2^-11, 2^-8)."""
+    sd = {key: tensor.to(dtype).float() for key, tensor in random_file(frames, rank=rank).items()}
+    host, h = HostAttention(WIDTH).to(dtype), torch.randn(2 * frames, 5, WIDTH, dtype=dtype)
+    unit = AttentionSharing.from_state_dict(sd).folded().to(dtype).units("attn1")[BLOCKS[7]]
+    expected = reference(sd, 7 * len(ATTENTIONS), frames, host.float(), h.float(), None, 1.0)
+    answer = Layer(unit, host.to(dtype), 1.0, h)(h, h, h)
+    assert answer.dtype is dtype
+    assert (answer.float() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_projection_is_known_by_its_answers(dtype):
+    """Its matrix bit by bit, whatever keeps it; with a bias far larger than the weights, to the precision they have."""
+    matrix, bias = (torch.randn(n, dtype=dtype) * 0.01 for n in ((6, 9), (6,)))
+    found, none = affine_of(lambda x: F.linear(x, matrix), 9, torch.empty(0, dtype=dtype))
+    assert torch.equal(found.mT, matrix) and not none.any()
+    found, found_bias = affine_of(lambda x: F.linear(x, matrix, 100 * bias), 9, torch.empty(0, dtype=dtype))
+    assert torch.equal(found_bias, 100 * bias)
+    torch.testing.assert_close(found.mT, matrix, rtol=0, atol=0.02 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3])
+def test_the_file_s_tensors_are_held_and_folded_into_fewer(frames):
+    sd = random_file(frames, control=frames == 2)
+    sharing = AttentionSharing.from_state_dict(sd)
+    held = sharing.state_dict()
+    assert held.keys() == sd.keys() and all(held[key].data_ptr() == sd[key].data_ptr() for key in sd)
+    folded = sharing.folded().state_dict()
+    assert sum(map(torch.numel, folded.values())) < sum(map(torch.numel, sd.values()))
+
+
+def test_hosts_short_of_memory_find_every_parameter():
+    """What they move to the device are the modules that have a `weight`, with all that these have."""
+    sharing = AttentionSharing.from_state_dict(random_file(2, control=True)).folded()
+    assert all(hasattr(module, "weight") for module in sharing.modules() if list(module.parameters(recurse=False)))
 
 
 def test_weight_0_is_the_host_s_own_attention():
     host = HostAttention(WIDTH)
     h = torch.randn(2, 5, WIDTH)
-    unit = AttentionSharing.from_state_dict(random_file(1)).units("attn1")[BLOCKS[0]]
-    torch.testing.assert_close(unit(h, h, h, host, 0.0), host(h, h, h))
+    unit = AttentionSharing.from_state_dict(random_file(1)).folded().units("attn1")[BLOCKS[0]]
+    torch.testing.assert_close(Layer(unit, host, 0.0, h)(h, h, h), host(h, h, h))
 
 
 @pytest.mark.parametrize("size", [(64, 64), (72, 40), (8, 8)], ids=str)
 def test_control_signals_come_in_the_sizes_of_the_unet_s_levels(size):
     """Each level halves the latent with a stride, which rounds up: 9 x 5 cells, then 5 x 3, 3 x 2, 2 x 1."""
-    sharing = AttentionSharing.from_state_dict(random_file(2, control=True))
+    sharing = AttentionSharing.from_state_dict(random_file(2, control=True)).folded()
     height, width = size
     signals = sharing.signals(torch.rand(1, 3, height, width))
     sizes = [(-(-height // 8 // 2**level), -(-width // 8 // 2**level)) for level in range(4)]
@@ -151,7 +202,7 @@ def test_control_encoder_equals_its_convolutions():
             conv = f"kwargs_encoder.blocks_{stage}.{2 * i}"
             x = F.silu(F.conv2d(x, sd[conv + ".weight"], sd[conv + ".bias"], stride=stride, padding=1))
         expected.append(x)
-    for ours, theirs in zip(AttentionSharing.from_state_dict(sd).signals(picture), expected, strict=True):
+    for ours, theirs in zip(AttentionSharing.from_state_dict(sd).folded().signals(picture), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -165,18 +216,18 @@ def test_levels_are_those_of_the_unet():
 @pytest.mark.parametrize("frames", [1, 2, 3])
 def test_what_the_file_has(frames):
     for control in (False, True):
-        sharing = AttentionSharing.from_state_dict(random_file(frames, control))
+        sharing = AttentionSharing.from_state_dict(random_file(frames, control)).folded()
         assert (sharing.frames, sharing.conditions) == (frames, int(control))
 
 
 def test_frames_attend_to_each_other_at_sizes_beyond_a_grid_of_65535():
     """CUDA refuses one block for each token; here, that many tokens at least go through."""
     tokens = 2**16 + 3
-    q, k, v = torch.randn(3, 1, 2, tokens, 2)
+    q, k, v = torch.randn(3, 2, 1, tokens, 2)
     out = attend_frames(q, k, v, heads=1)
     token = tokens - 1
-    expected = softmax_attention_of(q[:, :, token], k[:, :, token], v[:, :, token])
-    torch.testing.assert_close(out[:, :, token], expected)
+    expected = softmax_attention_of(q[:, 0, token], k[:, 0, token], v[:, 0, token])
+    torch.testing.assert_close(out[:, 0, token], expected)
 
 
 def softmax_attention_of(q, k, v):

@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.injection import WeightPatch, load_injection
 from lib_layerdiffuse.methods import find_method
+from lib_layerdiffuse.nets.attention_sharing import FoldedSharing
 from tests.test_attention_sharing import random_file
 
 KEY = "diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight"
@@ -64,6 +65,14 @@ def test_identity_changes_with_the_file(tmp_path):
     assert load_injection(SDXL, path).identity == first.identity
     save_file(LORA | DIFF, path)
     assert load_injection(SDXL, path).identity != first.identity
+
+
+def test_attention_sharing_comes_as_it_is_computed(tmp_path):
+    path = tmp_path / SD15.weights
+    save_file({key: tensor.half() for key, tensor in random_file(1).items()}, path)
+    content = load_injection(SD15, path).content
+    assert isinstance(content, FoldedSharing)
+    assert content.units("attn1")["middle", 0].temporal_o.weight.dtype is torch.float32  # until its precision is known
 
 
 @pytest.mark.parametrize(

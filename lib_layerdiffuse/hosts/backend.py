@@ -49,8 +49,8 @@ from lib_layerdiffuse.hosts.base import Around, BaseModel
 from lib_layerdiffuse.images import Box, ResizeMode
 from lib_layerdiffuse.injection import Injection, WeightPatch, misfit
 from lib_layerdiffuse.methods import Family
-from lib_layerdiffuse.nets.attention_sharing import ATTENTIONS, BLOCKS, AttentionSharing
-from lib_layerdiffuse.patches import Patch, Switch, attention_patches, condition_patch, control_patches
+from lib_layerdiffuse.nets.attention_sharing import ATTENTIONS, BLOCKS, FoldedSharing
+from lib_layerdiffuse.patches import Layers, Patch, Switch, attention_patches, condition_patch, control_patches
 from lib_layerdiffuse.request import Request
 from lib_layerdiffuse.tensors import Latent, Rgb
 
@@ -385,6 +385,7 @@ class BackendHost:
 
         begin, end = map(unet.model.predictor.percent_to_sigma, (request.starting_step, request.ending_step))
         switch = Switch(begin, end, merge, on=request.starting_step == 0)
+        afterwards = ExitStack()
         if isinstance(injection.content, WeightPatch):
             patch_weights(unet, injection, injection.content, request.weight)
             merged = unet.lora_patches
@@ -392,14 +393,15 @@ class BackendHost:
                 unet.lora_patches = plain
             patches = condition_patches(injection.content, condition, request.weight, switch)
         else:
-            patches = sharing_patches(unet, injection.content, condition, request.weight, switch)
+            patches = sharing_patches(unet, injection.content, condition, request.weight, switch, afterwards)
         add_patches(unet, patches)
         unet.add_conditioning_modifier(each_step(switch))
         # Not put back afterwards: the host drops it at its next reset (processing.py:937), and a patcher that nothing
         # refers to any more is forgotten by its memory management while the model still is on the GPU.
         objects.unet = unet
         try:
-            yield
+            with afterwards:
+                yield
         except BaseException:
             # A merge that broke off is neither undone nor noticed by the host (backend/patcher/lora.py:354).
             unet.lora_loader.refresh(plain, offload_device=unet.offload_device, force_refresh=True)
@@ -634,13 +636,16 @@ def condition_patches(patch: WeightPatch, latents: Latent | None, weight: float,
 
 
 def sharing_patches(
-    unet: Any, sharing: AttentionSharing, picture: Rgb | None, weight: float, switch: Switch
+    unet: Any, sharing: FoldedSharing, picture: Rgb | None, weight: float, switch: Switch, afterwards: ExitStack
 ) -> list[Patch]:
     """The units for the UNet's attention layers, which are loaded together with it."""
     unet.add_extra_model_patcher_during_sampling(patcher_of(sharing, unet.model.computation_dtype))
     hosts = {(name, block): getattr(transformer(unet, block), name) for name in ATTENTIONS for block in BLOCKS}
+    loader = unet.lora_loader
+    layers = Layers(sharing, hosts, weight, version=lambda: loader.loaded_hash)
+    afterwards.callback(layers.clear)  # the patched UNet itself stays until the next job
     control = [] if picture is None else control_patches(sharing, picture, weight, switch)
-    return [*attention_patches(sharing, hosts, weight, switch), *control]
+    return [*attention_patches(layers, switch), *control]
 
 
 def add_patches(unet: Any, patches: Sequence[Patch]) -> None:

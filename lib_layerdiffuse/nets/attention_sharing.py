@@ -1,5 +1,6 @@
 """SD1.5 attention sharing: low-rank additions to every attention layer, and attention between the layers of a picture.
 
+First the file's form, `AttentionSharing`; then the one that computes, `FoldedSharing`: the same maps in fewer products.
 The UNet's own projections stay where they are and are called through the host's modules, so user LoRAs, quantised
 weights and low-VRAM casting keep working; this file only adds to what they answer.
 Format: the released `layer_sd15_*.safetensors`; method: arXiv 2402.17113, section 3.
@@ -7,8 +8,7 @@ Format: the released `layer_sd15_*.safetensors`; method: arXiv 2402.17113, secti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -28,11 +28,17 @@ BLOCKS: tuple[tuple[str, int], ...] = (
 # How often each of them has halved the latent; the control signals come in the same four sizes.
 LEVELS = dict(zip(BLOCKS, (0, 0, 1, 1, 2, 2, 2, 2, 2, 1, 1, 1, 0, 0, 0, 3), strict=True))
 ATTENTIONS = ("attn1", "attn2")
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
 NORM_EPS = 1e-6  # not recoverable from the file
 # Of the control encoder's convolutions, by level; not recoverable from the file.
 STRIDES = ((1, 1, 2, 1, 2, 1, 2, 1), (2, 1), (2, 1), (2, 1))
 
+# What a projection of the host is asked, to learn its matrix: this times each unit vector. A power of two rounds
+# nothing, and a large one leaves the weights their digits where a bias is added in half precision.
+PROBE = 1024.0
+
 Attention: TypeAlias = Callable[[Tokens, Tokens, Tokens], Tokens]
+Projection: TypeAlias = Callable[[Tokens], Tokens]  # [B, N, in] -> [B, N, out], for each token alone
 
 
 def linear(x: Tensor, layer: nn.Linear) -> Tensor:
@@ -58,19 +64,27 @@ def attend(q: Tokens, k: Tokens, v: Tokens, heads: int) -> Tokens:
 
 
 def attend_frames(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Attention between the frames at each token, [B, F, N, C] each.
+    """Attention between the frames at each token, [F, B, N, C] each.
 
-    One frame has nothing to choose from, so its answer is `v`. For more, frames are few (2 or 3) and tokens many: sums
-    over products keep clear of the CUDA grid limit that one tiny attention for each token would hit (65,535).
+    Frames are few (2 or 3) and tokens many: sums over products keep clear of the CUDA grid limit that one tiny
+    attention for each token would hit (65,535).
     """
-    if q.shape[1] == 1:
-        return v
-    q, k, v = (t.unflatten(-1, (heads, -1)) for t in (q, k, v))  # -> [B, F, N, heads, C/heads]
+    q, k, v = (t.unflatten(-1, (heads, -1)) for t in (q, k, v))  # -> [F, B, N, heads, C/heads]
     answers = []
-    for own in q.unbind(dim=1):  # one after the other, as the products take F times the memory of the answer
-        scores = (own.unsqueeze(1) * k).sum(-1, keepdim=True) * q.shape[-1] ** -0.5  # -> [B, F, N, heads, 1]
-        answers.append((scores.softmax(dim=1) * v).sum(dim=1))
-    return torch.stack(answers, dim=1).flatten(-2)
+    for own in q:  # one after the other, as the products take F times the memory of the answer
+        scores = (own * k).sum(-1, keepdim=True) * q.shape[-1] ** -0.5  # -> [F, B, N, heads, 1]
+        answers.append((scores.softmax(dim=0) * v).sum(dim=0))
+    return torch.stack(answers).flatten(-2)
+
+
+def frames_first(x: Tokens, frames: int) -> Tokens:
+    """[(b f), N, C] -> [(f b), N, C], so that all rows of a frame are one matrix."""
+    return x.unflatten(0, (-1, frames)).transpose(0, 1).reshape(x.shape)
+
+
+def frames_last(x: Tokens, frames: int) -> Tokens:
+    """[(f b), N, C] -> [(b f), N, C], as the UNet has them."""
+    return frames_first(x, len(x) // frames)
 
 
 class LowRank(nn.Module):
@@ -80,9 +94,6 @@ class LowRank(nn.Module):
         super().__init__()
         self.down = nn.Linear(n_in, rank, bias=False)
         self.up = nn.Linear(rank, n_out, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(linear(x, self.down), self.up)
 
 
 class AttentionSharingUnit(nn.Module):
@@ -112,44 +123,6 @@ class AttentionSharingUnit(nn.Module):
                 nn.Sequential(nn.Conv2d(signal, signal, 3, padding=1), nn.SiLU(), nn.Conv2d(signal, width, 1))
                 for _ in range(frames)
             )
-
-    def control(self, signal: Tensor) -> Tokens:
-        """What a control signal [b, S, h, w] adds to the layer's hidden states: [(b f), h·w, C]."""
-        frames = [convolve(signal, layers) for layers in self.control_convs]  # type: ignore[arg-type]
-        return torch.stack(frames, dim=1).flatten(3).transpose(2, 3).flatten(0, 1)  # [b, f, C, h, w] -> [(b f), N, C]
-
-    def forward(
-        self, h: Tokens, context: Tokens, value: Tokens, host: Any, weight: float, mix: Attention | None = None
-    ) -> Tokens:
-        """The layer's answer for `h`, in place of the UNet's own.
-
-        h: [(b f), N, C], frames adjacent, control already added; context, value: what k and v are computed from,
-        [(b f), M, K].
-        host: the UNet's attention module (`to_q`, `to_k`, `to_v`, `to_out`, `heads`).
-        weight: scales every added map; 0 gives the UNet's own answer.
-        mix: what another extension put in the place of the attention of q, k and v, [(b f), N or M, C].
-        """
-
-        def project(base: Callable[[Tokens], Tokens], low_ranks: nn.ModuleList, x: Tokens) -> Tokens:
-            by_frame = x.unflatten(0, (-1, len(low_ranks)))  # -> [b, f, N, C]
-            added = [low_rank(by_frame[:, f]) for f, low_rank in enumerate(low_ranks)]
-            return base(x) + weight * torch.stack(added, dim=1).flatten(0, 1)
-
-        q = project(host.to_q, self.to_q_lora, h)
-        k = project(host.to_k, self.to_k_lora, context)
-        v = project(host.to_v, self.to_v_lora, value)
-        out = (mix or partial(attend, heads=host.heads))(q, k, v)
-        answer = project(host.to_out, self.to_out_lora, out)
-        by_frame = (h + answer).unflatten(0, (-1, len(self.to_q_lora)))
-        return answer + weight * self._share(by_frame, host.heads).flatten(0, 1)
-
-    def _share(self, x: Tensor, heads: int) -> Tensor:
-        """Attention between the frames, [b, f, N, C] -> the same."""
-        norm = self.temporal_n
-        y = F.layer_norm(x, norm.normalized_shape, norm.weight.to(x), norm.bias.to(x), norm.eps)
-        y = linear(y, self.temporal_i)
-        q, k, v = (linear(y, layer) for layer in (self.temporal_q, self.temporal_k, self.temporal_v))
-        return linear(attend_frames(q, k, v, heads), self.temporal_o)
 
 
 class ControlEncoder(nn.Module):
@@ -196,24 +169,8 @@ class AttentionSharing(nn.Module):
             model = cls(units, _encoder_like(sd))
         return hold(model, sd)
 
-    @property
-    def frames(self) -> int:
-        return len(self._units[0].to_q_lora)
-
-    @property
-    def conditions(self) -> int:
-        """How many condition images it reads."""
-        return int(self.kwargs_encoder is not None)
-
-    def signals(self, picture: Rgb) -> list[Tensor]:
-        """The control signals of the condition image [b, 3, H, W], by level."""
-        assert self.kwargs_encoder is not None, "a condition image for a file without control"
-        return self.kwargs_encoder(picture)
-
-    def units(self, attention: str) -> dict[tuple[str, int], AttentionSharingUnit]:
-        """The units of `attn1` or `attn2`, by block."""
-        first = ATTENTIONS.index(attention)
-        return dict(zip(BLOCKS, self._units[first :: len(ATTENTIONS)], strict=True))
+    def folded(self) -> FoldedSharing:
+        return FoldedSharing([FoldedUnit(unit) for unit in self._units], self.kwargs_encoder)
 
 
 def _unit_like(sd: StateDict, prefix: str) -> AttentionSharingUnit:
@@ -233,3 +190,205 @@ def _encoder_like(sd: StateDict) -> ControlEncoder | None:
         for level, strides in enumerate(STRIDES)
     ]
     return ControlEncoder([[shapes[0][1], *(row[0] for row in shapes)] for shapes in convolutions])
+
+
+def composed(*layers: nn.Linear) -> nn.Linear:
+    """One layer in place of several, the first of them first; computed and kept in single precision."""
+    first, *others = layers
+    weight, bias = first.weight.float(), first.bias.float()
+    for layer in others:
+        weight, bias = layer.weight.float() @ weight, layer.weight.float() @ bias + layer.bias.float()
+    return frozen_linear(weight, bias)
+
+
+def normed(norm: nn.LayerNorm, layer: nn.Linear) -> nn.Linear:
+    """`layer` with the norm's own weight and bias before it, which leaves the norm none."""
+    weight = layer.weight.float()
+    return frozen_linear(weight * norm.weight.float(), weight @ norm.bias.float() + layer.bias.float())
+
+
+def frozen_linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    n_out, n_in = weight.shape
+    return hold(nn.Linear(n_in, n_out, device="meta"), {"weight": weight, "bias": bias})
+
+
+def affine_of(base: Projection, n_in: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrix [in, out] and the bias [out] of a projection of the host, however it keeps them.
+
+    Quantised, on another device, with a LoRA beside it: its answers say what it is. like: tokens that it is used for.
+    """
+    rows = PROBE * torch.eye(n_in + 1, n_in, device=like.device, dtype=like.dtype)  # the last row is 0
+    answers = base(rows[None])[0]
+    return (answers[:-1] - answers[-1]) / PROBE, answers[-1]
+
+
+class Matrices(nn.Module):
+    """A matrix for each frame, under the name by which hosts short of memory know what to move to the device."""
+
+    def __init__(self, matrices: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.stack(list(matrices)), requires_grad=False)
+
+
+class LowRanks(nn.Module):
+    """up · down for each frame, beside a projection of the UNet, for tokens [(f b), N, C].
+
+    pairs: of each frame, a LowRank.
+    """
+
+    def __init__(self, pairs: Iterable[Any]) -> None:
+        super().__init__()
+        pairs = list(pairs)
+        self.down = Matrices(pair.down.weight for pair in pairs)  # [f, rank, in]
+        self.up = Matrices(pair.up.weight for pair in pairs)  # [f, out, rank]
+
+    def added_to(self, base: Projection, weight: float, like: Tokens) -> Projection:
+        """`base` and `weight` times these. like: tokens of the device and precision in which it is used."""
+        return (self._merged if self._worth_merging() else self._beside)(base, weight, like)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether its tokens are those of the prompt, which are as wide as the text encoder."""
+        return self.down.weight.shape[2] != self.up.weight.shape[1]
+
+    def _worth_merging(self) -> bool:
+        """Whether the two products take at least half as long as the projection itself, as where the UNet is narrow.
+
+        Merged, they take no time, but memory: a matrix for each frame, which is small there and large where the UNet is
+        wide. A text is read once in a sampling.
+        """
+        _, rank, width = self.down.weight.shape
+        return not self.reads_text and 4 * rank > width
+
+    def _merged(self, base: Projection, weight: float, like: Tokens) -> Projection:
+        matrix, bias = affine_of(base, self.down.weight.shape[2], like)
+        matrices = torch.baddbmm(matrix, self.down.weight.to(like).mT, self.up.weight.to(like).mT, alpha=weight)
+        has_bias = bool(bias.any())
+
+        def project(x: Tokens) -> Tokens:
+            answer = x.new_empty(*x.shape[:2], matrices.shape[-1])
+            for rows, own, out in zip(self._rows(x), matrices, self._rows(answer), strict=True):
+                torch.mm(rows, own, out=out)
+            return answer.add_(bias) if has_bias else answer
+
+        return project
+
+    def _beside(self, base: Projection, weight: float, like: Tokens) -> Projection:
+        def project(x: Tokens) -> Tokens:
+            answer = base(x).contiguous()  # so that the rows of a frame are a view of it
+            pairs = zip(self.down.weight.to(x), self.up.weight.to(x), strict=True)
+            for rows, (down, up), out in zip(self._rows(x), pairs, self._rows(answer), strict=True):
+                out.addmm_(rows @ down.mT, up.mT, alpha=weight)
+            return answer
+
+        return project
+
+    def _rows(self, x: Tokens) -> Tensor:
+        """[(f b), N, C] -> of each frame, [f, b·N, C]. A product for each is faster on CPUs than one for all."""
+        return x.unflatten(0, (len(self.down.weight), -1)).flatten(1, 2)
+
+
+class FoldedUnit(nn.Module):
+    """A unit as it is computed: what is linear in a row is one layer.
+
+    One frame has nothing to choose from in the attention between frames, so all of that is one layer.
+    """
+
+    def __init__(self, unit: AttentionSharingUnit) -> None:
+        super().__init__()
+        self.frames = len(unit.to_q_lora)
+        self.to_q, self.to_k = LowRanks(unit.to_q_lora), LowRanks(unit.to_k_lora)
+        self.to_v, self.to_out = LowRanks(unit.to_v_lora), LowRanks(unit.to_out_lora)
+        into, chosen = normed(unit.temporal_n, unit.temporal_i), (unit.temporal_q, unit.temporal_k, unit.temporal_v)
+        alone = self.frames == 1
+        self.temporal_qkv = nn.ModuleList([] if alone else [composed(into, layer) for layer in chosen])
+        self.temporal_o = composed(into, unit.temporal_v, unit.temporal_o) if alone else unit.temporal_o
+        self.control_convs = getattr(unit, "control_convs", nn.ModuleList())
+
+    def control(self, signal: Tensor) -> Tokens:
+        """What a control signal [b, S, h, w] adds to the layer's hidden states: [(b f), h·w, C]."""
+        frames = [convolve(signal, layers) for layers in self.control_convs]  # type: ignore[arg-type]
+        return torch.stack(frames, dim=1).flatten(3).transpose(2, 3).flatten(0, 1)  # [b, f, C, h, w] -> [(b f), N, C]
+
+    def share(self, x: Tokens, heads: int) -> Tokens:
+        """Attention between the frames, [(f b), N, C] -> the same."""
+        y = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+        if self.temporal_qkv:
+            qkv = (linear(y, layer) for layer in self.temporal_qkv)  # type: ignore[arg-type]
+            q, k, v = (t.unflatten(0, (self.frames, -1)) for t in qkv)
+            y = attend_frames(q, k, v, heads).flatten(0, 1)
+        return linear(y, self.temporal_o)
+
+
+class Layer:
+    """A unit in the place of an attention layer of the UNet.
+
+    host: that layer's module (`to_q`, `to_k`, `to_v`, `to_out`, `heads`), as it is now.
+    weight: scales every added map; 0 gives the UNet's own answer.
+    like: hidden states of the device and precision in which it is used.
+    """
+
+    def __init__(self, unit: FoldedUnit, host: Any, weight: float, like: Tokens) -> None:
+        self._unit = unit
+        self._heads = host.heads
+        self._weight = weight
+        self._projections = {
+            name: getattr(unit, name).added_to(getattr(host, name), weight, like) for name in PROJECTIONS
+        }
+        self._of_text: dict[str, tuple[Tokens, Tokens]] = {}
+
+    def __call__(self, h: Tokens, context: Tokens, value: Tokens, mix: Attention | None = None) -> Tokens:
+        """What is added to the hidden states h, [(b f), N, C].
+
+        context, value: what k and v are computed from, [(b f), M, K]; for the same text, the same objects.
+        mix: what another extension put in the place of the attention of q, k and v.
+        """
+        x = frames_first(h, self._unit.frames)
+        q = self._projections["to_q"](x)
+        k, v = (self._read(name, source, h, x) for name, source in (("to_k", context), ("to_v", value)))
+        answer = self._projections["to_out"](self._mixed(q, k, v, mix) if mix else attend(q, k, v, self._heads))
+        answer.add_(self._unit.share(x + answer, self._heads), alpha=self._weight)
+        return frames_last(answer, self._unit.frames)
+
+    def _read(self, name: str, source: Tokens, h: Tokens, x: Tokens) -> Tokens:
+        """k or v. x: h, frames first. A text stays as it is over the steps, and so does what is read of it."""
+        text, answer = self._of_text.get(name, (None, None))
+        if answer is None or text is not source:
+            answer = self._projections[name](x if source is h else frames_first(source, self._unit.frames))
+            if getattr(self._unit, name).reads_text:
+                self._of_text[name] = source, answer
+        return answer
+
+    def _mixed(self, q: Tokens, k: Tokens, v: Tokens, mix: Attention) -> Tokens:
+        """By another extension, for which frames are last, and which may write into what it gets."""
+        frames = self._unit.frames
+        return frames_first(mix(*(frames_last(t, frames).clone() for t in (q, k, v))), frames)
+
+
+class FoldedSharing(nn.Module):
+    """What `AttentionSharing` says, as it is computed."""
+
+    def __init__(self, units: Sequence[FoldedUnit], encoder: ControlEncoder | None = None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(units)
+        self.kwargs_encoder = encoder
+        self._units = tuple(units)  # the same, with their type
+
+    @property
+    def frames(self) -> int:
+        return self._units[0].frames
+
+    @property
+    def conditions(self) -> int:
+        """How many condition images it reads."""
+        return int(self.kwargs_encoder is not None)
+
+    def signals(self, picture: Rgb) -> list[Tensor]:
+        """The control signals of the condition image [b, 3, H, W], by level."""
+        assert self.kwargs_encoder is not None, "a condition image for a file without control"
+        return self.kwargs_encoder(picture)
+
+    def units(self, attention: str) -> dict[tuple[str, int], FoldedUnit]:
+        """The units of `attn1` or `attn2`, by block."""
+        first = ATTENTIONS.index(attention)
+        return dict(zip(BLOCKS, self._units[first :: len(ATTENTIONS)], strict=True))
