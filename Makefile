@@ -2,6 +2,7 @@
 # make forge             this checkout inside an installed Forge; ARGS="…" goes to Forge
 # make forge-test        the tests that drive a real Forge; forge-test-full adds those that take minutes
 # make ui-test           the tests that use the panel in a browser, on a real Forge's page
+# make bench             what decoding and injection cost beside others, 20 minutes on two cores; bench-full takes hours
 # make clean             away with the environments and caches
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ OLDEST_PYTHON ?= $(shell for each in python3.10 $(wildcard $(HOME)/.pyenv/versio
 	.venv/$*/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
-.PHONY: test lint test-newest test-oldest forge forge-test forge-test-full ui-test clean
+.PHONY: test lint test-newest test-oldest forge forge-test forge-test-full ui-test bench bench-full clean
 .PRECIOUS: .venv/%/ready
 
 test: lint test-newest test-oldest
@@ -43,6 +44,17 @@ forge-test-full: .venv/forge/ready
 ui-test: .venv/page/ready
 	.venv/page/bin/python tools/browser.py
 	.venv/page/bin/python -m pytest tests/page
+
+# Without a Forge (FORGE_DIR), decoding alone.
+bench: .venv/bench/ready
+	.venv/bench/bin/python -m benchmarks.decode
+	.venv/bench/bin/python -m benchmarks.injection --quick
+	.venv/bench/bin/python -m benchmarks.report
+
+bench-full: .venv/bench/ready
+	.venv/bench/bin/python -m benchmarks.decode --full
+	.venv/bench/bin/python -m benchmarks.injection --full
+	.venv/bench/bin/python -m benchmarks.report
 
 clean:
 	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache
