@@ -1,18 +1,13 @@
 """What injection costs, measured in your own Forge with random weights: time of a step, memory, switching, first jobs.
 
-    python -m benchmarks.injection [--quick | --full] --out FILE.json
+    python -m benchmarks.injection [--quick | --full] [--out benchmarks/results/injection.json]
 
 FORGE_DIR names the Forge (see tools/forge.py). UPSTREAM_DIR, a checkout of lllyasviel/sd-forge-layerdiffuse, adds it to
 the comparison, in a second server of the same Forge. One server works at a time, and requests alternate between the
 sides, so that what else the machine does meets all of them alike.
 
-FILE.json: {"machine": {…}, "plan": "quick" or "full", "figures": [figure, …]}, a figure being
-    name     what was measured
-    unit     of its numbers
-    sides    {side: {"median", "low", "high": quartiles, "n": samples}}; sides are "plain" (LayerDiffuse off), "ours"
-             and "existing" (the other extension), SDXL methods, or ways of switching
-    ratios   {"a / b": ratio of the medians}
-    demand   {"a / b" or side: the most that it should be}
+The sides are "plain" (LayerDiffuse off), "ours", "existing" (the other extension), SDXL methods, or ways of switching;
+what a figure is, figures.py says.
 """
 
 import argparse
@@ -27,8 +22,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 
+from benchmarks.figures import Figure, figure, write
 from tests.forge import data
 from tests.forge.client import SD15_ATTENTION, SD15_JOINT, SDXL_ATTENTION, SDXL_CONV, Forge, layerdiffuse
 from tools.forge import ForgeError, Installation, find_installation
@@ -75,31 +71,6 @@ PLANS = {
         2,
     ),
 }
-
-
-def summary(samples: Sequence[float]) -> dict:
-    low, middle, high = quantiles(samples, method="inclusive") if len(samples) > 1 else 3 * list(samples)
-    return {"median": middle, "low": low, "high": high, "n": len(samples)}
-
-
-def figure(name: str, unit: str, samples: Mapping[str, Sequence[float]], *ratios: str, demand: Mapping = {}) -> dict:
-    """ratios: "a / b", of those sides that there are."""
-    sides = {side: summary(values) for side, values in samples.items() if values}
-    pairs = {ratio: ratio.split(" / ") for ratio in ratios}
-    found = {
-        ratio: sides[a]["median"] / sides[b]["median"] for ratio, (a, b) in pairs.items() if {a, b} <= sides.keys()
-    }
-    entry = {"name": name, "unit": unit, "sides": sides, "ratios": found, "demand": dict(demand)}
-    print(in_a_line(entry), flush=True)
-    return entry
-
-
-def in_a_line(entry: dict) -> str:
-    values = {side: "{median:.4g} ({low:.4g}–{high:.4g})".format(**found) for side, found in entry["sides"].items()}
-    sides = ", ".join(f"{side} {value}" for side, value in values.items())
-    demands = {key: f" (demand {value:g})" for key, value in entry["demand"].items()}
-    ratios = "".join(f"; {key} {value:.3f}{demands.get(key, '')}" for key, value in entry["ratios"].items())
-    return f"{entry['name']}: {sides} {entry['unit']}{ratios}"
 
 
 # --- servers and jobs -------------------------------------------------------------------------------------------
@@ -154,11 +125,11 @@ class Comparison:
     def run(self, side: str, method: str, **more) -> list[dict]:
         return job(self.servers[side], layerdiffuse(method) if side != PLAIN else {}, **more)
 
-    def steps(self) -> Iterator[dict]:
+    def steps(self) -> Iterator[Figure]:
         for (size, what), rounds in self.plan.rounds.items():
             yield from self.of_method(size, what, rounds)
 
-    def of_method(self, size: int, what: str, rounds: int) -> Iterator[dict]:
+    def of_method(self, size: int, what: str, rounds: int) -> Iterator[Figure]:
         method, frames = METHODS[what]
         of_job = {"width": size, "height": size, "batch_size": frames}
         timed: dict[str, list[float]] = {side: [] for side in self.servers}
@@ -181,7 +152,7 @@ class Comparison:
         if used := {side: [line["device_bytes"] / MIB] for side, line in counted.items() if "device_bytes" in line}:
             yield figure(f"{name}: highest memory of each server's GPU so far", "MiB", used)
 
-    def switches(self) -> Iterator[dict]:
+    def switches(self) -> Iterator[Figure]:
         fields = {f"{side} stops": (side, layerdiffuse(SD15_ATTENTION, stop=0.5)) for side in self.servers}
         fields["ours starts"] = OURS, starting(SD15_ATTENTION)
         del fields["plain stops"]
@@ -193,7 +164,7 @@ def starting(method: str) -> dict:
     return {"alwayson_scripts": {"LayerDiffuse": {"args": [{"method": method, "start_at": 0.5}]}}}
 
 
-def switching(family: str, size: int, jobs: Mapping[str, tuple[Forge, dict]], rounds: int) -> Iterator[dict]:
+def switching(family: str, size: int, jobs: Mapping[str, tuple[Forge, dict]], rounds: int) -> Iterator[Figure]:
     """What the first step after a switch at half of the steps takes beyond those that follow."""
     samples: dict[str, list[float]] = {side: [] for side in jobs}
     for _ in range(rounds):
@@ -222,7 +193,7 @@ class FirstJobs:
         return cls(*times, memory(forge))
 
 
-def first_jobs(found: Mapping[str, Sequence[FirstJobs]]) -> Iterator[dict]:
+def first_jobs(found: Mapping[str, Sequence[FirstJobs]]) -> Iterator[Figure]:
     """found: of each side's servers. Our tests' settings decode in one pass, the existing extension always in eight."""
     name = "SD1.5, one frame, 256x256, 1 step"
     for which in ("first", "second"):
@@ -233,7 +204,7 @@ def first_jobs(found: Mapping[str, Sequence[FirstJobs]]) -> Iterator[dict]:
         yield figure(f"{name}: {kind} memory after two jobs", "MiB", used)
 
 
-def sdxl(forge: Forge, plan: Plan) -> Iterator[dict]:
+def sdxl(forge: Forge, plan: Plan) -> Iterator[Figure]:
     forge.use("sdxl")
     sides = {PLAIN: {}} | {method: layerdiffuse(method) for method in plan.sdxl}
     size = {"width": SDXL_SIZE, "height": SDXL_SIZE}
@@ -254,7 +225,7 @@ def sdxl(forge: Forge, plan: Plan) -> Iterator[dict]:
     yield merges(forge)
 
 
-def merges(forge: Forge) -> dict:
+def merges(forge: Forge) -> Figure:
     """How often weights are merged when the settings change once in four jobs, from those of the job before."""
     mark = forge.mark()
     for weight in (0.5, 0.5, 0.75, 0.75):
@@ -266,7 +237,7 @@ def merges(forge: Forge) -> dict:
 # --- the program ------------------------------------------------------------------------------------------------
 
 
-def measure(plan: Plan) -> Iterator[dict]:
+def measure(plan: Plan) -> Iterator[Figure]:
     installation = find_installation()
     data.make_models(installation, FILES)
     extensions = {PLAIN: {}, OURS: data.OURS}
@@ -314,13 +285,13 @@ def main() -> None:
     plans = parser.add_mutually_exclusive_group()
     for name in PLANS:
         plans.add_argument(f"--{name}", dest="plan", action="store_const", const=name, default="quick")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/injection.json"))
     arguments = parser.parse_args()
     try:
-        result = {"machine": machine(find_installation()), "plan": arguments.plan, "figures": []}
+        about, figures = {**machine(find_installation()), "plan": arguments.plan}, []
         for entry in measure(PLANS[arguments.plan]):
-            result["figures"].append(entry)
-            arguments.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
+            figures.append(entry)
+            write(arguments.out, about, figures)
     except ForgeError as error:
         sys.exit(str(error))
 
