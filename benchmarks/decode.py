@@ -191,18 +191,11 @@ def scale(points: tuple[tuple[Size, int], ...], largest_reference: int) -> Itera
             yield figure(f"{size[0]}x{size[1]}, batch {batch}, 1 pass: {key}", unit, sides, scale=about)
 
 
-def run(full: bool) -> tuple[dict[str, Any], list[Figure]]:
-    about = measure.machine(DEVICE, (torch.float32, HALF))
-    figures: list[Figure] = []
-    parts = (
-        speed(about, FULL if full else QUICK, rounds=3),
-        quality((768, 768) if full else (512, 512)),
-        memory((1024, 1024) if full else (512, 512)),
-        scale(FULL_SCALE if full else QUICK_SCALE, largest_reference=1536**2),
-    )
-    for part in parts:
-        figures += part
-    return about, figures
+def figures(about: dict[str, Any], full: bool) -> Iterator[Figure]:
+    yield from speed(about, FULL if full else QUICK, rounds=3)
+    yield from quality((768, 768) if full else (512, 512))
+    yield from memory((1024, 1024) if full else (512, 512))
+    yield from scale(FULL_SCALE if full else QUICK_SCALE, largest_reference=1536**2)
 
 
 def main() -> None:
@@ -214,7 +207,11 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(one(*arguments.one)))
     else:
-        write(arguments.out, *run(arguments.full))
+        about = measure.machine(DEVICE, (torch.float32, HALF))
+        found: list[Figure] = []
+        for each in figures(about, arguments.full):
+            found.append(each)
+            write(arguments.out, about, found)
 
 
 if __name__ == "__main__":
