@@ -152,7 +152,13 @@ class Panel:
             changed(self._show, **show, **QUICK)
         self.all_methods.change(self._refit, **refit, **QUICK)
         Context.root_block.load(self._refit, **refit, **QUICK).then(self._show, **show, **QUICK)
-        followed = self.download.click(self._download, **show, show_progress=False)
+        followed = self.download.click(
+            self._download,
+            **show,
+            show_progress=False,
+            trigger_mode="multiple",  # pressed again right after Cancel, the first may still be about to end
+            concurrency_limit=None,  # all pages follow at once
+        )
         method.change(None, cancels=[followed])  # the download itself goes on
         self.cancel.click(self._cancel, **show, **QUICK)
         for layer in Layer:
