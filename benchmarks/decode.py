@@ -124,7 +124,7 @@ def keep(answers: dict[str, Tensor], side: str, decode: Callable[[], Tensor]) ->
     answers[side] = decode()
 
 
-def speed(about: dict[str, Any], sizes: dict[Size, tuple[int, ...]], rounds: int) -> Iterator[Figure]:
+def speed(about: dict[str, Any], sizes: dict[Size, tuple[int, ...]]) -> Iterator[Figure]:
     decoders = {side: make() for side, make in makers().items()}
     for (width, height), counts in sizes.items():
         rgb, latent = picture(width, height)
@@ -134,7 +134,7 @@ def speed(about: dict[str, Any], sizes: dict[Size, tuple[int, ...]], rounds: int
                 side: partial(keep, answers, side, partial(decode, rgb, latent, passes))
                 for side, decode in decoders.items()
             }
-            samples = measure.interleaved(works, rounds, warm_up=passes == 1)
+            samples = measure.interleaved(works, rounds=3 if passes <= 2 else 2, warm_up=passes == 1)
             limits = {OURS: passes * limit(about, torch.float32, width, height)}
             if OURS_HALF in decoders:
                 limits[OURS_HALF] = passes * limit(about, HALF, width, height)
@@ -192,7 +192,7 @@ def scale(points: tuple[tuple[Size, int], ...], largest_reference: int) -> Itera
 
 
 def figures(about: dict[str, Any], full: bool) -> Iterator[Figure]:
-    yield from speed(about, FULL if full else QUICK, rounds=3)
+    yield from speed(about, FULL if full else QUICK)
     yield from quality((768, 768) if full else (512, 512))
     yield from memory((1024, 1024) if full else (512, 512))
     yield from scale(FULL_SCALE if full else QUICK_SCALE, largest_reference=1536**2)

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lib_layerdiffuse import vae
-from lib_layerdiffuse.nets import strips
+from lib_layerdiffuse.nets import strips, winograd
 from lib_layerdiffuse.nets.decoder import TransparentDecoder
 from lib_layerdiffuse.nets.strips import FeatureMap, Moments, StripDecoder, normalisation, upsampling_weights
 
@@ -25,12 +25,25 @@ def random_input(height=128, width=192, batch=1, seed=0):
     return rgb, torch.randn(batch, 4, height // 8, width // 8, generator=generator)
 
 
-@pytest.fixture(params=[1, 2**15, 2**30], ids=["two rows", "some rows", "all rows"])
+@pytest.fixture(params=[1, 2**15, 2**30], ids=["four rows", "some rows", "all rows"])
 def strip_bytes(request, monkeypatch):
     monkeypatch.setattr(strips, "STRIP_BYTES", request.param)
 
 
-@pytest.mark.usefixtures("strip_bytes")
+@pytest.fixture(params=[False, True], ids=["direct", "in tiles"])
+def in_tiles(request, monkeypatch):
+    used = []
+    if request.param:
+        monkeypatch.setattr(strips, "WORTH_TILES", 1)
+        monkeypatch.setattr(strips, "WORTH_KERNEL", 1)
+        monkeypatch.setattr(
+            winograd, "convolve", lambda *args, convolve=winograd.convolve: used.append(convolve(*args)) or used[-1]
+        )
+    yield
+    assert bool(used) == request.param
+
+
+@pytest.mark.usefixtures("strip_bytes", "in_tiles")
 @pytest.mark.parametrize("batch", [1, 2])
 @torch.no_grad()
 def test_strips_answer_as_the_whole_network(net, batch):

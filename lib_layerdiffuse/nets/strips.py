@@ -17,11 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lib_layerdiffuse.nets import winograd
+from lib_layerdiffuse.nets.attention import narrow_attention
 from lib_layerdiffuse.nets.decoder import HEAD_DIM, LATENT_LEVEL, TransparentDecoder
+from lib_layerdiffuse.nets.scratch import Scratch
 from lib_layerdiffuse.tensors import Argb, Latent, Rgb
 
 STRIP_BYTES = 4 * 2**20  # of a layer's input or output, float32: stays in the second and third cache of two cores
-FAST_HEAD_DIM = 16  # as many zeros as make it so fill a processor's vectors: 4096 tokens in 0.32 s instead of 0.49 s
+WORTH_TILES = 128  # channels; with fewer, Winograd's way with the tiles takes what it saves
+WORTH_KERNEL = 512  # pixels of a map; with fewer, its way with the kernel does
 
 
 class FeatureMap(NamedTuple):
@@ -112,7 +116,8 @@ class StripDecoder:
         self.device = weight.device
         self.storage = storage or weight.device
         self.precision = precision or weight.dtype
-        self._strip = torch.empty(0)  # the last one read; the next is most often as large
+        self._floats_on_cpu = self.device.type == "cpu" and self.precision == torch.float32
+        self._scratch = Scratch(self.precision, self.device)
         self._free: defaultdict[int, list[Tensor]] = defaultdict(list)  # fresh memory costs as much as a layer's sums
 
     def __call__(self, rgb: Rgb, latent: Latent) -> Argb:
@@ -159,27 +164,37 @@ class StripDecoder:
     ) -> FeatureMap:
         """A 3×3 convolution of the sources, joined in channels; first normalised and activated, if `norm` is given."""
         batch, _, height, width = sources[0].values.shape
-        weights = channels_last(conv.weight)
         normalising = normalisation(sources, norm) if norm else None
+        convolve = self._convolution(conv, stride, height, width)
 
         def strip(top: int, bottom: int) -> Tensor:
-            x = self._read(sources, top * stride - 1, (bottom - 1) * stride + 2, normalising)
-            y = F.conv2d(x, weights, conv.bias, stride, padding=(0, 1)).to(self.precision)
-            return y.add_(self._shortcut(*shortcut, top, bottom)) if shortcut else y
+            y = convolve(self._read(sources, top * stride - 1, (bottom - 1) * stride + 2, normalising))
+            if shortcut:
+                self._add_shortcut(y, *shortcut, top, bottom)
+            return y
 
-        shape = batch, len(weights), height // stride, width // stride
+        shape = batch, conv.out_channels, height // stride, width // stride
         return self._by_strips(shape, strip, widest=stride**2 * conv.in_channels)
 
-    def _shortcut(self, sources: Sequence[FeatureMap], conv: Any, top: int, bottom: int) -> Tensor:
-        """Rows of the sources; where there is one, through the 1×1 convolution of them joined in channels."""
+    def _convolution(self, conv: Any, stride: int, height: int, width: int) -> Callable[[Tensor], Tensor]:
+        """What convolves a strip of a map of this size, and answers in the maps' precision."""
+        weights, bias = channels_last(conv.weight), conv.bias
+        in_tiles = stride == 1 and height % winograd.TILE == width % winograd.TILE == 0
+        worth_it = min(weights.shape[:2]) >= WORTH_TILES and height * width >= WORTH_KERNEL
+        if in_tiles and worth_it and self._floats_on_cpu and weights.dtype == torch.float32:
+            kernel = winograd.turned(weights, self._scratch)
+            return lambda x: winograd.convolve(x, kernel, bias, self._scratch)
+        return lambda x: channels_last(F.conv2d(x, weights, bias, stride).to(self.precision))
+
+    def _add_shortcut(self, y: Tensor, sources: Sequence[FeatureMap], conv: Any, top: int, bottom: int) -> None:
+        """To y, rows of the sources; where there is one, through the 1×1 convolution of them joined in channels."""
         rows = [source.values[:, :, top:bottom].to(self.device) for source in sources]
         if isinstance(conv, nn.Identity):
-            return rows[0]
-        weights = conv.weight.split([x.shape[1] for x in rows], dim=1)
-        first, *others = (F.conv2d(x.to(w), w) for x, w in zip(rows, weights))
-        for other in others:
-            first += other
-        return first.add_(conv.bias[:, None, None])
+            y += rows[0]
+            return
+        answer = y.permute(0, 2, 3, 1).view(-1, y.shape[1]).add_(conv.bias)
+        for x, weights in zip(rows, conv.weight.to(y).flatten(1).split([x.shape[1] for x in rows], dim=1)):
+            answer.addmm_(x.permute(0, 2, 3, 1).flatten(0, 2), weights.T)
 
     def _upsample(self, source: FeatureMap, conv: Any) -> FeatureMap:
         """Twice the size, each pixel four times, then convolved."""
@@ -189,7 +204,7 @@ class StripDecoder:
         def strip(top: int, bottom: int) -> Tensor:
             small_top, small_bottom = top // 2, bottom // 2
             rows = small_bottom - small_top
-            four = F.conv2d(self._read([source], small_top - 1, small_bottom + 1), weights, bias, padding=(0, 1))
+            four = F.conv2d(self._read([source], small_top - 1, small_bottom + 1), weights, bias)
             y = torch.empty(batch, bottom - top, 2 * width, channels, dtype=self.precision, device=self.device)
             y = y.permute(0, 3, 1, 2)
             for index, part in enumerate(four.chunk(4, dim=1)):
@@ -218,9 +233,10 @@ class StripDecoder:
             project(tokens).unflatten(2, (-1, HEAD_DIM)).transpose(1, 2)  # -> [B, heads, HW, HEAD_DIM]
             for project in (attention.to_q, attention.to_k, attention.to_v)
         )
-        if self.device.type == "cpu":
-            q, k, v = (F.pad(x.float(), (0, FAST_HEAD_DIM - HEAD_DIM)) for x in (q, k, v))
-        mixed = F.scaled_dot_product_attention(q, k, v, scale=HEAD_DIM**-0.5)[..., :HEAD_DIM]
+        if self._floats_on_cpu:
+            mixed = narrow_attention(q.float(), k.float(), v.float(), self._scratch)
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v)
         return mixed.transpose(1, 2).flatten(2).to(tokens)
 
     # --- strips ---
@@ -231,7 +247,8 @@ class StripDecoder:
         """The map whose rows `top` to `bottom` are `strip(top, bottom)`, reading `widest` channels as wide."""
         values, moments = self._take(shape), Moments()
         batch, channels, height, width = shape
-        rows = max(2, STRIP_BYTES // (4 * batch * max(channels, widest) * width) // 2 * 2)  # even, for upsampling
+        step = winograd.TILE  # even, too, for upsampling
+        rows = max(step, STRIP_BYTES // (4 * batch * max(channels, widest) * width) // step * step)
         for top in range(0, height, rows):
             bottom = min(top + rows, height)
             y = strip(top, bottom)
@@ -246,17 +263,15 @@ class StripDecoder:
         bottom: int,
         normalising: Sequence[tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
-        """Rows of the sources joined in channels, zero beyond the picture, in the network's precision."""
+        """Rows of the sources joined in channels, with a column more at each side; zero beyond the picture."""
         batch, _, height, width = sources[0].values.shape
         channels = sum(source.values.shape[1] for source in sources)
-        shape = batch, bottom - top, width, channels
-        if self._strip.shape != shape:
-            self._strip = torch.empty(shape, dtype=self.precision, device=self.device)
-        x = self._strip.permute(0, 3, 1, 2)
+        x = self._scratch("strip", batch, bottom - top, width + 2, channels).permute(0, 3, 1, 2)
         inside = slice(max(top, 0), min(bottom, height))
-        x[:, :, : inside.start - top] = 0
-        x[:, :, inside.stop - top :] = 0
-        parts = x[:, :, inside.start - top : inside.stop - top].split([s.values.shape[1] for s in sources], dim=1)
+        first, last = inside.start - top, inside.stop - top
+        for beyond in (x[:, :, :first], x[:, :, last:], x[..., :1], x[..., -1:]):
+            beyond.zero_()
+        parts = x[:, :, first:last, 1:-1].split([source.values.shape[1] for source in sources], dim=1)
         for index, (part, source) in enumerate(zip(parts, sources)):
             rows = source.values[:, :, inside]
             if normalising:
