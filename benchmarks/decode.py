@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import measure
 from benchmarks.figures import Figure, figure, write
 from lib_layerdiffuse.nets.decoder import TransparentDecoder
+from lib_layerdiffuse.nets.strips import StripDecoder
 from lib_layerdiffuse.vae import ORIENTATIONS, PASSES, TransparentVAE
 from tests.reference import RELEASED_WIDTHS, ReferenceDecoder, random_state_dict
 
@@ -157,6 +158,17 @@ def quality(size: Size) -> Iterator[Figure]:
     yield figure(f"PSNR against 8 passes, {size[0]}x{size[1]}", "dB", sides)
 
 
+@torch.no_grad()
+def strips(size: Size) -> Iterator[Figure]:
+    """What it costs in quality to decode with the maps in main memory, a strip at a time."""
+    rgb, latent = picture(*size)
+    net = TransparentDecoder.from_state_dict(networks()[1]).to(DEVICE)
+    in_strips = StripDecoder(net, storage=torch.device("cpu"))(rgb, latent).clip(0, 1)
+    whole = net(rgb, latent).clip(0, 1).to(in_strips)
+    name = f"PSNR of strips against the whole network, {size[0]}x{size[1]}"
+    yield figure(name, "dB", {OURS: [psnr(in_strips, whole)]})
+
+
 def taken(side: str, size: Size, batch: int, passes: int) -> dict[str, float]:
     """Seconds and peak memory of one decode in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.decode", "--one", json.dumps([side, size, batch, passes])]
@@ -194,6 +206,7 @@ def scale(points: tuple[tuple[Size, int], ...], largest_reference: int) -> Itera
 def figures(about: dict[str, Any], full: bool) -> Iterator[Figure]:
     yield from speed(about, FULL if full else QUICK)
     yield from quality((768, 768) if full else (512, 512))
+    yield from strips((2048, 2048) if full else (512, 512))
     yield from memory((1024, 1024) if full else (512, 512))
     yield from scale(FULL_SCALE if full else QUICK_SCALE, largest_reference=1536**2)
 

@@ -65,7 +65,7 @@ PLANS = {
     "full": Plan(
         2,
         {(256, "one frame"): 3, (256, "three frames"): 2, (512, "one frame"): 2, (512, "three frames"): 1},
-        3,
+        2,
         (SDXL_ATTENTION, SDXL_CONV),
         2,
         2,
