@@ -1,0 +1,1 @@
+"""Training of what the extension injects and decodes with. Never imported by the extension."""
