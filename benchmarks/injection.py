@@ -61,7 +61,7 @@ class Plan:
 
 
 PLANS = {
-    "quick": Plan(1, {(256, "one frame"): 2, (256, "three frames"): 1}, 2, (SDXL_ATTENTION,), 1, 1),
+    "quick": Plan(1, {(256, "one frame"): 2, (256, "three frames"): 1}, 2, (SDXL_ATTENTION, SDXL_CONV), 1, 1),
     "full": Plan(
         2,
         {(256, "one frame"): 3, (256, "three frames"): 2, (512, "one frame"): 2, (512, "three frames"): 1},
