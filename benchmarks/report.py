@@ -28,10 +28,14 @@ def table(figures: Sequence[Figure]) -> str:
     return "\n".join(rows)
 
 
+def shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {shown(each)}" for key, each in value.items())
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def about(machine: dict[str, Any]) -> str:
-    return "\n".join(
-        f"- {key}: {value if not isinstance(value, float) else f'{value:.3g}'}" for key, value in machine.items()
-    )
+    return "\n".join(f"- {key}: {shown(value)}" for key, value in machine.items())
 
 
 def plot(figures: Sequence[Figure], path: Path, of_batch: bool) -> None:

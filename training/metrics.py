@@ -1,0 +1,151 @@
+"""How close transparent pictures come to others: in colour over nine backgrounds, and in their alpha.
+
+    python -m training.metrics TRUTH RESULT [--lpips]
+
+compares two folders of PNGs (or other lossless pictures) of the same names, and prints the means as JSON. Colour is
+compared as it is seen, over each background in turn, and averaged (arXiv 2507.09308): what is hidden does not count.
+Alpha is compared as in matting (Rhemann et al., CVPR 2009). LPIPS fetches its network at the first use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics.functional.image import (
+    learned_perceptual_image_patch_similarity,
+    structural_similarity_index_measure,
+)
+
+from lib_layerdiffuse.tensors import Rgb, Rgba
+
+BACKGROUNDS: Mapping[str, tuple[float, float, float]] = {
+    "grey": (128 / 255, 128 / 255, 128 / 255),
+    "black": (0, 0, 0),
+    "white": (1, 1, 1),
+    "red": (1, 0, 0),
+    "green": (0, 1, 0),
+    "blue": (0, 0, 1),
+    "yellow": (1, 1, 0),
+    "cyan": (0, 1, 1),
+    "magenta": (1, 0, 1),
+}
+MOST_DB = 100.0  # PSNR of pictures that are equal, so that means stay numbers
+SUFFIXES = (".png", ".webp", ".tif", ".tiff")
+EDGE_SIGMA = 1.4  # pixels, of the Gaussian whose derivative finds edges
+
+
+def over(rgba: Rgba, background: tuple[float, float, float]) -> Rgb:
+    colour, alpha = rgba.split([3, 1], dim=1)
+    return alpha * colour + (1 - alpha) * rgba.new_tensor(background).view(1, 3, 1, 1)
+
+
+def psnr(truth: Tensor, result: Tensor) -> float:
+    """dB, of values in 0..1."""
+    error = (truth - result).square().mean().item()
+    return min(MOST_DB, -10 * math.log10(error)) if error else MOST_DB
+
+
+def colour_metrics(truth: Rgba, result: Rgba, lpips: bool = False) -> dict[str, float]:
+    """Means over the backgrounds: psnr in dB; ssim, at most 1; lpips (AlexNet), where less is nearer."""
+    pairs = [(over(truth, colour), over(result, colour)) for colour in BACKGROUNDS.values()]
+    found = {
+        "psnr": fmean(psnr(*pair) for pair in pairs),
+        "ssim": fmean(structural_similarity_index_measure(b, a, data_range=1.0).item() for a, b in pairs),
+    }
+    if lpips:
+        of_each = (
+            learned_perceptual_image_patch_similarity(b, a, net_type="alex", normalize=True).item() for a, b in pairs
+        )
+        found["lpips"] = fmean(of_each)
+    return found
+
+
+def alpha_metrics(truth: Rgba, result: Rgba) -> dict[str, float]:
+    """Means over the batch: absolute error of a pixel, and summed (in thousands); squared error of a pixel; and of the
+    edges, the squared difference of the alphas' slopes, summed (in thousands)."""
+    a, b = truth[:, 3:], result[:, 3:]
+    difference = (a - b).abs()
+    return {
+        "alpha mae": difference.mean().item(),
+        "alpha sad": difference.sum().item() / len(truth) / 1000,
+        "alpha mse": difference.square().mean().item(),
+        "alpha edge": (slope(a) - slope(b)).square().sum().item() / len(truth) / 1000,
+    }
+
+
+def slope(alpha: Tensor) -> Tensor:
+    """How steeply it rises at each pixel, by the derivatives of a Gaussian. [B, 1, H, W] -> the same."""
+    reach = math.ceil(3 * EDGE_SIGMA)
+    x = torch.arange(-reach, reach + 1, dtype=alpha.dtype, device=alpha.device)
+    bell = torch.exp(-x.square() / (2 * EDGE_SIGMA**2))
+    bell = bell / bell.sum()
+    rising = -x / EDGE_SIGMA**2 * bell
+    kernel = torch.stack([torch.outer(bell, rising), torch.outer(rising, bell)])[:, None]
+    across, down = F.conv2d(F.pad(alpha, [reach] * 4, mode="replicate"), kernel).split(1, dim=1)
+    return torch.hypot(across, down)
+
+
+def compare(truth: Rgba, result: Rgba, lpips: bool = False) -> dict[str, float]:
+    return colour_metrics(truth, result, lpips) | alpha_metrics(truth, result)
+
+
+# --- files ---
+
+
+def read(path: Path) -> Rgba:
+    with Image.open(path) as image:
+        values = np.asarray(image.convert("RGBA"), np.float32) / 255
+    return torch.from_numpy(values).permute(2, 0, 1)[None]
+
+
+def pictures(folder: Path) -> dict[str, Path]:
+    """By name without ending."""
+    return {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES}
+
+
+def compare_folders(truth: Path, result: Path, lpips: bool = False) -> dict[str, float]:
+    """The means over all pictures. Raises ValueError where the folders do not belong together."""
+    truths, results = pictures(truth), pictures(result)
+    if missing := sorted(truths.keys() ^ results.keys()):
+        raise ValueError(f"{truth} and {result} should have pictures of the same names; only one has {missing[0]}.")
+    if not truths:
+        raise ValueError(f"There are no pictures in {truth}: expected files ending in {', '.join(SUFFIXES)}.")
+    of_each = []
+    for name, path in truths.items():
+        a, b = read(path), read(results[name])
+        if a.shape != b.shape:
+            raise ValueError(f"{name} has {size(a)} pixels in {truth} and {size(b)} in {result}.")
+        of_each.append(compare(a, b, lpips))
+    means = {key: fmean(one[key] for one in of_each) for key in of_each[0]}
+    return means | {"pictures": len(of_each)}
+
+
+def size(picture: Tensor) -> str:
+    return f"{picture.shape[3]}x{picture.shape[2]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("truth", type=Path)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--lpips", action="store_true")
+    arguments = parser.parse_args()
+    try:
+        print(json.dumps(compare_folders(arguments.truth, arguments.result, arguments.lpips), indent=1))
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
