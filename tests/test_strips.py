@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reference import ReferenceDecoder, random_state_dict
+from reference import RELEASED_WIDTHS, ReferenceDecoder, random_state_dict
 from torch import nn
 from torch.nn import functional as F
 
@@ -59,6 +59,19 @@ def test_strips_answer_as_diffusers_blocks(monkeypatch):
     rgb, latent = random_input(192, 64)
     answer = StripDecoder(TransparentDecoder.from_state_dict(state_dict))(rgb, latent)
     torch.testing.assert_close(answer, reference(rgb, latent), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_released_widths(monkeypatch):
+    """Large enough for every way of computing: convolutions in tiles and direct ones, attention over 512 tokens."""
+    turned = []
+    monkeypatch.setattr(winograd, "turned", lambda *args, f=winograd.turned: turned.append(args[0].shape) or f(*args))
+    reference = ReferenceDecoder(RELEASED_WIDTHS)
+    state_dict = random_state_dict(reference)
+    rgb, latent = random_input(512, 256)
+    answer = StripDecoder(TransparentDecoder.from_state_dict(state_dict))(rgb, latent)
+    torch.testing.assert_close(answer, reference(rgb, latent), rtol=0, atol=1e-5)
+    assert {(256, 768, 3, 3), (128, 128, 3, 3)} <= set(turned)
 
 
 @torch.no_grad()

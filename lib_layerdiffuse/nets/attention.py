@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from lib_layerdiffuse.nets.scratch import Scratch
 
-HEADS = 4  # at once
+HEADS = 4  # at once, at most
+QUERIES = 32  # at once, at least
 SCORES = 2**21  # at once: 8 MiB, which a processor's last cache holds
 SAFE = 100.0  # 2^±100, and sums of many of them, are float32 numbers
 
@@ -29,10 +30,11 @@ def narrow_attention(q: Tensor, k: Tensor, v: Tensor, scratch: Scratch) -> Tenso
         return F.scaled_dot_product_attention(q, k, v, scale=math.log(2))
     q, v = (x.flatten(0, 1).transpose(1, 2).contiguous() for x in (q, v))  # -> [B·heads, dim, tokens]
     mixed = torch.empty_like(q)
-    queries = max(16, SCORES // (HEADS * q.shape[2]))
-    for heads in zip(*(x.split(HEADS) for x in (q, k.flatten(0, 1), v, mixed))):
-        of_queries, keys, values, answer = heads
-        for some, its_answer in zip(of_queries.split(queries, 2), answer.split(queries, 2)):
-            weights = torch.bmm(keys, some, out=scratch("scores", len(keys), keys.shape[1], some.shape[2])).exp2_()
-            torch.div(torch.bmm(values, weights), weights.sum(1, keepdim=True), out=its_answer)
+    tokens = q.shape[2]
+    heads = min(HEADS, max(1, SCORES // (QUERIES * tokens)))
+    queries = max(QUERIES, SCORES // (heads * tokens))
+    for queries_of, keys, values, answers in zip(*(x.split(heads) for x in (q, k.flatten(0, 1), v, mixed))):
+        for some, answer in zip(queries_of.split(queries, 2), answers.split(queries, 2)):
+            weights = torch.bmm(keys, some, out=scratch("scores", len(keys), tokens, some.shape[2])).exp2_()
+            torch.div(torch.bmm(values, weights), weights.sum(1, keepdim=True), out=answer)
     return mixed.transpose(1, 2).view_as(k)
