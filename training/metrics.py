@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -27,7 +26,8 @@ from torchmetrics.functional.image import (
     structural_similarity_index_measure,
 )
 
-from lib_layerdiffuse.tensors import Rgb, Rgba
+from lib_layerdiffuse.images import compose, from_pil
+from lib_layerdiffuse.tensors import Rgba
 
 BACKGROUNDS: Mapping[str, tuple[float, float, float]] = {
     "grey": (128 / 255, 128 / 255, 128 / 255),
@@ -45,11 +45,6 @@ SUFFIXES = (".png", ".webp", ".tif", ".tiff")
 EDGE_SIGMA = 1.4  # pixels, of the Gaussian whose derivative finds edges
 
 
-def over(rgba: Rgba, background: tuple[float, float, float]) -> Rgb:
-    colour, alpha = rgba.split([3, 1], dim=1)
-    return alpha * colour + (1 - alpha) * rgba.new_tensor(background).view(1, 3, 1, 1)
-
-
 def psnr(truth: Tensor, result: Tensor) -> float:
     """dB, of values in 0..1."""
     error = (truth - result).square().mean().item()
@@ -58,7 +53,8 @@ def psnr(truth: Tensor, result: Tensor) -> float:
 
 def colour_metrics(truth: Rgba, result: Rgba, lpips: bool = False) -> dict[str, float]:
     """Means over the backgrounds: psnr in dB; ssim, at most 1; lpips (AlexNet), where less is nearer."""
-    pairs = [(over(truth, colour), over(result, colour)) for colour in BACKGROUNDS.values()]
+    backgrounds = [truth.new_tensor(colour).view(1, 3, 1, 1) for colour in BACKGROUNDS.values()]
+    pairs = [(compose(truth, background), compose(result, background)) for background in backgrounds]
     found = {
         "psnr": fmean(psnr(*pair) for pair in pairs),
         "ssim": fmean(structural_similarity_index_measure(b, a, data_range=1.0).item() for a, b in pairs),
@@ -105,8 +101,7 @@ def compare(truth: Rgba, result: Rgba, lpips: bool = False) -> dict[str, float]:
 
 def read(path: Path) -> Rgba:
     with Image.open(path) as image:
-        values = np.asarray(image.convert("RGBA"), np.float32) / 255
-    return torch.from_numpy(values).permute(2, 0, 1)[None]
+        return from_pil(image.convert("RGBA"))[None]
 
 
 def pictures(folder: Path) -> dict[str, Path]:

@@ -1,0 +1,145 @@
+"""The trainer of the transparent pair, on a tiny VAE with random weights."""
+
+import pytest
+import torch
+
+pytest.importorskip("torchmetrics", reason="training has an environment of its own, as new as this one's newest")
+
+from accelerate.state import AcceleratorState
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+
+from lib_layerdiffuse.images import pad_colors
+from lib_layerdiffuse.nets.decoder import TransparentDecoder
+from lib_layerdiffuse.nets.encoder import TransparentEncoder
+from lib_layerdiffuse.vae import TransparentVAE
+from training.scenes import scene
+from training.transparent_vae import TransparentPair, load_vae, parse, patch_gan, train
+
+SIZE = 64
+ENCODER = (8,) * 8
+DECODER = (8,) * 7
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    path = tmp_path_factory.mktemp("model")
+    vae.save_pretrained(path / "vae")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _process_of_its_own():
+    """As far as accelerate knows."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def settings(model, output, steps, *more):
+    widths = ("--encoder-widths", *map(str, ENCODER), "--decoder-widths", *map(str, DECODER))
+    own = ("--size", str(SIZE), "--batch", "2", "--workers", "0", "--adversarial-from", "2", "--save-every", "2")
+    named = ("--vae", str(model), "--data", "scenes:1", "--output", str(output), "--steps", str(steps))
+    return parse([*named, *own, *widths, *more])
+
+
+def rgba(count=2):
+    return torch.stack([torch.from_numpy(scene(i, size=SIZE).rgba).permute(2, 0, 1) for i in range(count)])
+
+
+@pytest.mark.parametrize("more", [(), ("--precision", "bf16", "--checkpointing", "--accumulate", "2")])
+def test_what_it_writes_is_what_the_extension_reads(model, tmp_path, more):
+    before = load_file(model / "vae" / "diffusion_pytorch_model.safetensors")
+    train(settings(model, tmp_path, 3, *more))
+    encoder, decoder = (load_file(tmp_path / f"vae_transparent_{part}.safetensors") for part in ("encoder", "decoder"))
+    assert {tensor.dtype for tensor in (*encoder.values(), *decoder.values())} == {torch.float16}
+    vae = TransparentVAE(TransparentDecoder.from_state_dict(decoder), TransparentEncoder.from_state_dict(encoder))
+    offset = vae.encode(rgba())
+    assert offset.shape == (2, 4, SIZE // 8, SIZE // 8)
+    assert vae.decode(rgba()[:, :3], offset).shape == (2, 4, SIZE, SIZE)
+    assert offset.abs().max() > 0, "the encoder has not learnt anything"
+    after = load_vae(str(model)).state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_run_goes_on_where_it_was(model, tmp_path):
+    train(settings(model, tmp_path / "at once", 4))
+    train(settings(model, tmp_path / "in two", 2))
+    state = tmp_path / "in two" / "state"
+    assert torch.load(state / "custom_checkpoint_1.pkl")["step"] == 2
+    train(settings(model, tmp_path / "in two", 4))
+    assert torch.load(state / "custom_checkpoint_1.pkl")["step"] == 4
+    assert list((tmp_path / "in two" / "log").rglob("events.*"))
+
+
+def test_it_starts_from_the_frozen_vae_itself(model):
+    vae = load_vae(str(model))
+    pair = TransparentPair(vae, ENCODER, DECODER)
+    truth, answer, grey, seen = pair(rgba())
+    assert torch.equal(truth, torch.cat([rgba()[:, 3:], pad_colors(rgba())], dim=1))
+    assert answer.shape == truth.shape
+    torch.testing.assert_close(seen, vae.decode(vae.encode(2 * grey - 1).latent_dist.mean).sample / 2 + 0.5)
+    assert not any(name.startswith("_vae") for name, _ in pair.named_parameters())
+
+
+def test_the_offset_in_training_is_that_of_the_extension(model):
+    """× 300 and in units of the posterior's deviation, as decoding and img2img take it."""
+    torch.manual_seed(1)
+    vae = load_vae(str(model))
+    pair = TransparentPair(vae, ENCODER, DECODER)
+    torch.nn.init.normal_(pair.encoder.blocks[-1].weight, std=1e-3)
+    latents = []
+    pair.decoder.register_forward_pre_hook(lambda _, inputs: latents.append(inputs[1]))
+    _, _, grey, _ = pair(rgba())
+    posterior = vae.encode(2 * grey - 1).latent_dist
+    offset = TransparentVAE(pair.decoder, pair.encoder).encode(rgba())
+    torch.testing.assert_close(latents[0], posterior.mean + posterior.std * offset)
+
+
+def test_it_learns(model):
+    torch.manual_seed(2)
+    pair = TransparentPair(load_vae(str(model)), ENCODER, DECODER)
+    optimizer = torch.optim.AdamW(pair.parameters(), 1e-2)
+    losses = []
+    for _ in range(80):
+        truth, answer, _, _ = pair(rgba())
+        loss = torch.nn.functional.mse_loss(answer, truth)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert min(losses[60:]) < losses[0] / 10, losses
+
+
+def test_checkpointing_changes_no_gradient(model):
+    def gradients(checkpointed):
+        torch.manual_seed(3)
+        pair = TransparentPair(load_vae(str(model)), ENCODER, DECODER)
+        torch.nn.init.normal_(pair.encoder.blocks[-1].weight, std=1e-3)
+        if checkpointed:
+            pair.checkpointed()
+        _, answer, _, seen = pair(rgba())
+        (answer.square().mean() + seen.square().mean()).backward()
+        return [parameter.grad for parameter in pair.parameters()]
+
+    for plain, again in zip(gradients(False), gradients(True), strict=True):
+        torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_the_critic_looks_at_patches():
+    critic = patch_gan().eval()
+    assert critic(torch.zeros(2, 4, 128, 64)).shape == (2, 1, 14, 6)
+    picture = torch.zeros(1, 4, 256, 256, requires_grad=True)
+    with torch.no_grad():
+        for layer in critic:
+            if isinstance(layer, torch.nn.GroupNorm):
+                layer.forward = lambda x: x  # which would look at all of the picture
+    critic(picture)[0, 0, 15, 15].backward()
+    rows = picture.grad[0].abs().sum((0, 2)).nonzero()
+    assert rows.max() - rows.min() + 1 == 70
