@@ -19,8 +19,8 @@ def rgba(alpha, colour=(0.2, 0.4, 0.6), side=32):
     return values.expand(1, 4, side, side).clone()
 
 
-def test_a_picture_is_like_itself():
-    picture = torch.rand(1, 4, 32, 32)
+@pytest.mark.parametrize("picture", [torch.rand(1, 4, 32, 32), rgba(0.7)], ids=["noise", "even"])
+def test_a_picture_is_like_itself(picture):
     found = compare(picture, picture)
     assert found.pop("psnr") == MOST_DB
     assert found.pop("ssim") == pytest.approx(1)

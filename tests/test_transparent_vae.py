@@ -1,5 +1,9 @@
 """The trainer of the transparent pair, on a tiny VAE with random weights."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -13,6 +17,7 @@ from lib_layerdiffuse.images import pad_colors
 from lib_layerdiffuse.nets.decoder import TransparentDecoder
 from lib_layerdiffuse.nets.encoder import TransparentEncoder
 from lib_layerdiffuse.vae import TransparentVAE
+from training.harm import measure
 from training.scenes import scene
 from training.transparent_vae import TransparentPair, load_vae, parse, patch_gan, train
 
@@ -115,6 +120,31 @@ def test_it_learns(model):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert min(losses[60:]) < losses[0] / 10, losses
+
+
+def test_harm_is_what_the_offset_costs(model):
+    torch.manual_seed(4)
+    vae = load_vae(str(model))
+    pair = TransparentPair(vae, ENCODER, DECODER)
+    both = TransparentVAE(pair.decoder, pair.encoder)
+    untrained = measure(vae, both, rgba(1), decodes=True, passes=1)
+    assert untrained["harm"] == 0
+    assert untrained.keys() >= {"psnr", "ssim", "alpha mae"}
+    torch.nn.init.normal_(pair.encoder.blocks[-1].weight, std=0.1)
+    offset = measure(vae, both, rgba(1), decodes=False)
+    assert offset["psnr without offset"] == untrained["psnr without offset"]
+    assert offset["harm"] == offset["psnr without offset"] - offset["psnr with offset"] != 0
+
+
+def test_harm_on_the_command_line(model, tmp_path):
+    train(settings(model, tmp_path, 1))
+    named = {"vae": model, "data": "scenes:2", "count": 3, "size": SIZE, "passes": 1}
+    named |= {part: tmp_path / f"vae_transparent_{part}.safetensors" for part in ("encoder", "decoder")}
+    options = [str(word) for name, value in named.items() for word in (f"--{name}", value)]
+    command = [sys.executable, "-m", "training.harm", *options]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert found["pictures"] == 3
+    assert found.keys() >= {"harm", "psnr", "alpha mae"}
 
 
 def test_checkpointing_changes_no_gradient(model):

@@ -53,6 +53,7 @@ def psnr(truth: Tensor, result: Tensor) -> float:
 
 def colour_metrics(truth: Rgba, result: Rgba, lpips: bool = False) -> dict[str, float]:
     """Means over the backgrounds: psnr in dB; ssim, at most 1; lpips (AlexNet), where less is nearer."""
+    truth, result = truth.double(), result.double()  # ssim loses its digits where a picture is even
     backgrounds = [truth.new_tensor(colour).view(1, 3, 1, 1) for colour in BACKGROUNDS.values()]
     pairs = [(compose(truth, background), compose(result, background)) for background in backgrounds]
     found = {
@@ -61,7 +62,8 @@ def colour_metrics(truth: Rgba, result: Rgba, lpips: bool = False) -> dict[str, 
     }
     if lpips:
         of_each = (
-            learned_perceptual_image_patch_similarity(b, a, net_type="alex", normalize=True).item() for a, b in pairs
+            learned_perceptual_image_patch_similarity(b.float(), a.float(), net_type="alex", normalize=True).item()
+            for a, b in pairs
         )
         found["lpips"] = fmean(of_each)
     return found

@@ -93,6 +93,14 @@ def load_vae(model: str) -> AutoencoderKL:
     return vae.requires_grad_(False).eval()
 
 
+def there_and_back(vae: AutoencoderKL, grey: Rgb, offset: Latent | float = 0.0) -> tuple[Rgb, Latent]:
+    """What the VAE shows of a picture whose latent is offset, in deviations of its posterior; and that latent."""
+    with torch.no_grad():
+        posterior = vae.encode(2 * grey - 1).latent_dist
+    latent = posterior.mean + posterior.std * offset
+    return vae.decode(latent).sample / 2 + 0.5, latent
+
+
 class TransparentPair(nn.Module):
     """Encoder and decoder; the VAE between them is not part of it."""
 
@@ -115,15 +123,8 @@ class TransparentPair(nn.Module):
         """What the decoder should answer, and does; what the frozen decoder should show, and does."""
         truth = torch.cat([rgba[:, 3:], pad_colors(rgba)], dim=1)
         grey = compose(rgba, GREY.to(rgba))
-        seen, latent = self.seen(grey, self.encoder(truth))
+        seen, latent = there_and_back(self.vae, grey, OFFSET_SCALE * self.encoder(truth))
         return truth, self.decoder(seen, latent), grey, seen
-
-    def seen(self, grey: Rgb, offset: Latent) -> tuple[Rgb, Latent]:
-        """What the frozen decoder shows of the picture's offset latent, and that latent."""
-        with torch.no_grad():
-            posterior = self.vae.encode(2 * grey - 1).latent_dist
-        latent = posterior.mean + posterior.std * OFFSET_SCALE * offset
-        return self.vae.decode(latent).sample / 2 + 0.5, latent
 
     def checkpointed(self) -> None:
         """From now on, activations within the parts of blocks are computed a second time rather than kept."""
