@@ -8,10 +8,8 @@ from tests.forge.test_inpainting import cut_out, equal_where, mask
 
 SMALL = {"width": 64, "height": 64, "steps": 2}
 LORA = {"prompt": "apple <lora:synthetic_lora_sd15:1>"}
-GUIDANCE = {
-    "SelfAttentionGuidance Integrated (SD 1.x, SD 2.x, SDXL)": [True, 0.5, 2.0, 1.0],
-    "PerturbedAttentionGuidance Integrated": [True, 3.0, 0.0, 0.0, 1.0],
-}
+SELF, PERTURBED = "SelfAttentionGuidance Integrated (SD 1.x, SD 2.x, SDXL)", "PerturbedAttentionGuidance Integrated"
+GUIDANCE = {SELF: [True, 0.5, 2.0, 1.0], PERTURBED: [True, 3.0, 0.0, 0.0, 1.0]}
 WAYS = {
     "cfg 1": {"cfg_scale": 1},
     "and": {"prompt": "apple AND pear"},
@@ -35,7 +33,7 @@ def test_ways_to_prompt_and_to_sample(forge, name):
     assert alpha_varies(answer.images[0])
 
 
-@pytest.mark.parametrize("script", GUIDANCE)
+@pytest.mark.parametrize("script", [pytest.param(SELF, marks=pytest.mark.full), PERTURBED])
 def test_guidance_that_looks_into_the_attention(forge, script):
     """Works, or is refused with a sentence where it would take the same layers."""
     alone, both = layerdiffuse(SD15_ATTENTION), layerdiffuse(SD15_ATTENTION)

@@ -221,10 +221,8 @@ def test_weight(forge, method):
     assert all_different([pictures[0] for pictures in opaque])
 
 
-@pytest.mark.parametrize(
-    "method",
-    [pytest.param(SD15_BG_TO_FG, marks=pytest.mark.full), pytest.param(SDXL_FG_TO_BLEND, marks=pytest.mark.sdxl)],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("method", [SD15_BG_TO_FG, pytest.param(SDXL_FG_TO_BLEND, marks=pytest.mark.sdxl)])
 def test_start_and_stop(forge, method):
     images = {name: to_base64(layer_image(name, 64, 64)) for name in METHODS[method][1]}
 
