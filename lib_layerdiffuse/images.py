@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from lib_layerdiffuse.tensors import Rgb, Rgba
+from lib_layerdiffuse.tensors import Argb, Rgb, Rgba
 
 PYRAMID_RATIO = 1.2  # from one level to the next; the released encoders were trained with it
 SMALLEST_ALPHA = 1e-8  # keeps the colour of what is empty defined (black)
@@ -31,6 +31,11 @@ def pad_colors(rgba: Rgba) -> Rgb:
     """Colours spread into the transparent parts, so that no hidden colour shines through at the edges."""
     color, alpha = rgba.float().split([3, 1], dim=1)
     return spread(color * alpha, alpha).clamp(0, 1)
+
+
+def padded_argb(rgba: Rgba) -> Argb:
+    """As the transparent encoder reads it."""
+    return torch.cat([rgba[:, 3:].float(), pad_colors(rgba)], dim=1)
 
 
 def fill_masked(rgba: Rgba, mask: Tensor) -> Rgba:

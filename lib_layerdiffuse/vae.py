@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.images import pad_colors
+from lib_layerdiffuse.images import padded_argb
 from lib_layerdiffuse.nets.decoder import TransparentDecoder
 from lib_layerdiffuse.nets.strips import StripDecoder
 from lib_layerdiffuse.tensors import Latent, Rgb, Rgba
@@ -172,6 +172,6 @@ class TransparentVAE:
             )
         if self.encoder is None:
             raise LayerDiffuseError("The picture's transparency cannot be encoded: the transparent encoder is missing.")
-        argb = torch.cat([rgba[:, 3:].float(), pad_colors(rgba)], dim=1)
+        argb = padded_argb(rgba)
         offset = InParts(self.encoder, len(rgba))(argb.to(next(self.encoder.parameters(), rgba)))
         return offset.float().to(rgba.device) * OFFSET_SCALE

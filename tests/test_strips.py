@@ -1,5 +1,7 @@
 """The decoder in strips against the whole network, and against diffusers' blocks at the released widths."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from reference import RELEASED_WIDTHS, ReferenceDecoder, random_state_dict
@@ -32,15 +34,13 @@ def strip_bytes(request, monkeypatch):
 
 @pytest.fixture(params=[False, True], ids=["direct", "in tiles"])
 def in_tiles(request, monkeypatch):
-    used = []
     if request.param:
         monkeypatch.setattr(strips, "WORTH_TILES", 1)
         monkeypatch.setattr(strips, "WORTH_KERNEL", 1)
-        monkeypatch.setattr(
-            winograd, "convolve", lambda *args, convolve=winograd.convolve: used.append(convolve(*args)) or used[-1]
-        )
+    convolve = Mock(wraps=winograd.convolve)
+    monkeypatch.setattr(winograd, "convolve", convolve)
     yield
-    assert bool(used) == request.param
+    assert convolve.called == request.param
 
 
 @pytest.mark.usefixtures("strip_bytes", "in_tiles")
@@ -64,14 +64,14 @@ def test_strips_answer_as_diffusers_blocks(monkeypatch):
 @torch.no_grad()
 def test_the_released_widths(monkeypatch):
     """Large enough for every way of computing: convolutions in tiles and direct ones, attention over 512 tokens."""
-    turned = []
-    monkeypatch.setattr(winograd, "turned", lambda *args, f=winograd.turned: turned.append(args[0].shape) or f(*args))
+    turned = Mock(wraps=winograd.turned)
+    monkeypatch.setattr(winograd, "turned", turned)
     reference = ReferenceDecoder(RELEASED_WIDTHS)
     state_dict = random_state_dict(reference)
     rgb, latent = random_input(512, 256)
     answer = StripDecoder(TransparentDecoder.from_state_dict(state_dict))(rgb, latent)
     torch.testing.assert_close(answer, reference(rgb, latent), rtol=0, atol=1e-5)
-    assert {(256, 768, 3, 3), (128, 128, 3, 3)} <= set(turned)
+    assert {(256, 768, 3, 3), (128, 128, 3, 3)} <= {call.args[0].shape for call in turned.call_args_list}
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ Pictures are cropped around the middle and resized, premultiplied, so that hidde
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TypedDict
 
@@ -23,7 +24,7 @@ from torch.utils.data import Dataset, IterableDataset
 from lib_layerdiffuse.images import ResizeMode, fit, from_pil
 from training.scenes import scene
 
-SUFFIXES = (".png", ".webp", ".tif", ".tiff")  # formats that keep alpha without loss
+SUFFIXES = (".png", ".webp", ".tif", ".tiff")  # formats that can keep alpha without loss
 SCENES = 1_000_000  # of a seed; more than any training sees
 
 
@@ -48,8 +49,7 @@ class Folder(Dataset[Sample]):
     def __init__(self, folder: Path, size: int) -> None:
         self.size = size
         self.rows = list(captions(folder).items())
-        if not self.rows:
-            raise ValueError(f"There are no pictures in {folder}: expected files ending in {', '.join(SUFFIXES)}.")
+        check_some(self.rows, folder)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -60,6 +60,16 @@ class Folder(Dataset[Sample]):
             return sample(image, caption, self.size)
 
 
+def pictures(paths: Iterable[Path]) -> list[Path]:
+    """Those of them that are pictures, in order."""
+    return sorted(path for path in paths if path.suffix.lower() in SUFFIXES)
+
+
+def check_some(found: Collection[object], folder: Path) -> None:
+    if not found:
+        raise ValueError(f"There are no pictures in {folder}: expected files ending in {', '.join(SUFFIXES)}.")
+
+
 def captions(folder: Path) -> dict[Path, str]:
     """Of each picture. Raises ValueError where one has none, or is not there."""
     table = folder / "metadata.jsonl"
@@ -67,7 +77,7 @@ def captions(folder: Path) -> dict[Path, str]:
         rows = [json.loads(line) for line in table.read_text(encoding="utf-8").splitlines() if line.strip()]
         found = {folder / row["file_name"]: row["text"] for row in rows}
     else:
-        found = {path: caption_beside(path) for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES}
+        found = {path: caption_beside(path) for path in pictures(folder.rglob("*"))}
     if absent := [path for path in found if not path.exists()]:
         raise ValueError(f"{table} names {absent[0]}, which is not there.")
     return found

@@ -35,7 +35,7 @@ from training.transparent_vae import GREY, load_vae, there_and_back
 @torch.no_grad()
 def measure(vae: AutoencoderKL, pair: TransparentVAE, rgba: Rgba, decodes: bool, passes: int = 8) -> dict[str, float]:
     """Of one picture, [1, 4, H, W]."""
-    grey = compose(rgba, GREY.to(rgba))
+    grey = compose(rgba, GREY)
     plain, _ = there_and_back(vae, grey)
     seen, latent = there_and_back(vae, grey, pair.encode(rgba))
     found = {"psnr without offset": psnr(grey, plain.clip(0, 1)), "psnr with offset": psnr(grey, seen.clip(0, 1))}

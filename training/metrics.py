@@ -28,6 +28,7 @@ from torchmetrics.functional.image import (
 
 from lib_layerdiffuse.images import compose, from_pil
 from lib_layerdiffuse.tensors import Rgba
+from training.data import check_some, pictures
 
 BACKGROUNDS: Mapping[str, tuple[float, float, float]] = {
     "grey": (128 / 255, 128 / 255, 128 / 255),
@@ -41,7 +42,6 @@ BACKGROUNDS: Mapping[str, tuple[float, float, float]] = {
     "magenta": (1, 0, 1),
 }
 MOST_DB = 100.0  # PSNR of pictures that are equal, so that means stay numbers
-SUFFIXES = (".png", ".webp", ".tif", ".tiff")
 EDGE_SIGMA = 1.4  # pixels, of the Gaussian whose derivative finds edges
 
 
@@ -106,18 +106,12 @@ def read(path: Path) -> Rgba:
         return from_pil(image.convert("RGBA"))[None]
 
 
-def pictures(folder: Path) -> dict[str, Path]:
-    """By name without ending."""
-    return {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES}
-
-
 def compare_folders(truth: Path, result: Path, lpips: bool = False) -> dict[str, float]:
     """The means over all pictures. Raises ValueError where the folders do not belong together."""
-    truths, results = pictures(truth), pictures(result)
+    truths, results = ({path.stem: path for path in pictures(folder.iterdir())} for folder in (truth, result))
     if missing := sorted(truths.keys() ^ results.keys()):
         raise ValueError(f"{truth} and {result} should have pictures of the same names; only one has {missing[0]}.")
-    if not truths:
-        raise ValueError(f"There are no pictures in {truth}: expected files ending in {', '.join(SUFFIXES)}.")
+    check_some(truths, truth)
     of_each = []
     for name, path in truths.items():
         a, b = read(path), read(results[name])

@@ -18,8 +18,11 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.random import Generator
 from PIL import Image, ImageDraw
+
+from lib_layerdiffuse.images import to_pil
 
 Plane = np.ndarray  # [H, W] float32
 Picture = np.ndarray  # [H, W, 3 or 4] float32 in 0..1, straight alpha, colour everywhere
@@ -319,7 +322,7 @@ def layers(index: int, seed: int = 0, size: int = 128, held_out: bool = False) -
 
 
 def to_image(picture: Picture) -> Image.Image:
-    return Image.fromarray(np.round(255 * picture).astype(np.uint8))
+    return to_pil(torch.from_numpy(picture).permute(2, 0, 1))
 
 
 def write(folder: Path, count: int, seed: int, size: int, held_out: bool, with_layers: bool) -> None:

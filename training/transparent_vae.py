@@ -31,7 +31,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from lib_layerdiffuse.images import checkerboard, compose, pad_colors
+from lib_layerdiffuse.images import checkerboard, compose, padded_argb
 from lib_layerdiffuse.nets.decoder import ResNet, SelfAttention, TransparentDecoder
 from lib_layerdiffuse.nets.encoder import TransparentEncoder
 from lib_layerdiffuse.tensors import Argb, Latent, Rgb, Rgba
@@ -121,8 +121,8 @@ class TransparentPair(nn.Module):
 
     def forward(self, rgba: Rgba) -> tuple[Argb, Argb, Rgb, Rgb]:
         """What the decoder should answer, and does; what the frozen decoder should show, and does."""
-        truth = torch.cat([rgba[:, 3:], pad_colors(rgba)], dim=1)
-        grey = compose(rgba, GREY.to(rgba))
+        truth = padded_argb(rgba)
+        grey = compose(rgba, GREY)
         seen, latent = there_and_back(self.vae, grey, OFFSET_SCALE * self.encoder(truth))
         return truth, self.decoder(seen, latent), grey, seen
 
