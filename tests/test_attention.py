@@ -13,9 +13,12 @@ def random_qkv(batch=2, heads=6, tokens=40, dim=8):
     return torch.randn(3, batch, heads, tokens, dim).unbind()
 
 
-@pytest.mark.parametrize("scores", [1, 4 * 40 * 24, 2**21], ids=["few queries", "some", "all"])
-def test_the_numbers_of_torchs_own(scores, monkeypatch):
-    monkeypatch.setattr(attention, "SCORES", scores)
+@pytest.mark.parametrize("queries", [1, 24, 40])
+@pytest.mark.parametrize("keys", [1, 16, 40])
+def test_the_numbers_of_torchs_own(queries, keys, monkeypatch):
+    """However many of each are taken at once."""
+    monkeypatch.setattr(attention, "KEYS", keys)
+    monkeypatch.setattr(attention, "SCORES", attention.HEADS * keys * queries)
     q, k, v = random_qkv()
     expected = F.scaled_dot_product_attention(q, k, v)
     monkeypatch.setattr(F, "scaled_dot_product_attention", None)  # not by falling back

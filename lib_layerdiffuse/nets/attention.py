@@ -10,8 +10,7 @@ from torch.nn import functional as F
 
 from lib_layerdiffuse.nets.scratch import Scratch
 
-HEADS = 4  # at once, at most
-QUERIES = 32  # at once, at least
+HEADS, KEYS = 4, 4096  # at once, at most
 SCORES = 2**21  # at once: 8 MiB, which a processor's last cache holds
 SAFE = 100.0  # 2^±100, and sums of many of them, are float32 numbers
 
@@ -30,11 +29,13 @@ def narrow_attention(q: Tensor, k: Tensor, v: Tensor, scratch: Scratch) -> Tenso
         return F.scaled_dot_product_attention(q, k, v, scale=math.log(2))
     q, v = (x.flatten(0, 1).transpose(1, 2).contiguous() for x in (q, v))  # -> [B·heads, dim, tokens]
     mixed = torch.empty_like(q)
-    tokens = q.shape[2]
-    heads = min(HEADS, max(1, SCORES // (QUERIES * tokens)))
-    queries = max(QUERIES, SCORES // (heads * tokens))
-    for queries_of, keys, values, answers in zip(*(x.split(heads) for x in (q, k.flatten(0, 1), v, mixed))):
+    queries = SCORES // (HEADS * min(KEYS, q.shape[2]))
+    for queries_of, keys_of, values_of, answers in zip(*(x.split(HEADS) for x in (q, k.flatten(0, 1), v, mixed))):
         for some, answer in zip(queries_of.split(queries, 2), answers.split(queries, 2)):
-            weights = torch.bmm(keys, some, out=scratch("scores", len(keys), tokens, some.shape[2])).exp2_()
-            torch.div(torch.bmm(values, weights), weights.sum(1, keepdim=True), out=answer)
+            sums: list[Tensor] = []  # of values times weights, and of weights
+            for keys, values in zip(keys_of.split(KEYS, 1), values_of.split(KEYS, 2)):
+                weights = torch.bmm(keys, some, out=scratch("scores", *keys.shape[:2], some.shape[2])).exp2_()
+                part = [torch.bmm(values, weights), weights.sum(1, keepdim=True)]
+                sums = [a + b for a, b in zip(sums, part)] if sums else part
+            torch.div(*sums, out=answer)
     return mixed.transpose(1, 2).view_as(k)
