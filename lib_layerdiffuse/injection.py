@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from torch import Tensor
@@ -52,6 +53,19 @@ class WeightPatch:
         """The shape that each weight must have for its addition to fit; a LoRA fits the weight as a matrix."""
         matrices = {key: (up.shape[0], down.shape[1]) for key, (up, down) in self.lora.items()}
         return matrices | {key: tuple(diff.shape) for key, diff in self.diff.items()}
+
+    def misfit(self, weights: Mapping[str, Tensor]) -> str | None:
+        """Why it does not fit a UNet's weights, if it does not."""
+        shapes = {key: tuple(weight.shape) for key, weight in weights.items()}
+        matrices = {key: (shape[0], prod(shape[1:])) if key in self.lora else shape for key, shape in shapes.items()}
+        wanted = self.shapes()
+        unfit = [key for key, shape in wanted.items() if matrices.get(key) != shape]
+        if not unfit:
+            return None
+        return (
+            f"{len(unfit)} of its {len(wanted)} additions do not fit this UNet, such as {unfit[0]} "
+            f"(file {wanted[unfit[0]]}, UNet {shapes.get(unfit[0], 'has none')})"
+        )
 
 
 def keys_of(kind: str, sd: StateDict, index: int = 0) -> set[str]:

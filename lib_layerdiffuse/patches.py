@@ -75,37 +75,49 @@ def condition_patch(weights: Tensor, latents: Latent, weight: float, switch: Swi
     return Patch("input_block_patch", patch)
 
 
-def control_patches(sharing: FoldedSharing, picture: Rgb, weight: float, switch: Switch) -> list[Patch]:
+class Controls:
+    """The control signals of a condition image, each made when it is first asked for.
+
+    picture: [b, 3, H, W], one for all pictures or one for each; None where there is nothing to go by.
+    """
+
+    def __init__(self, sharing: FoldedSharing, picture: Rgb | None, weight: float) -> None:
+        self._sharing, self._picture, self._weight = sharing, picture, weight
+        self._units = units_of(sharing)
+        self._signals: list[Tensor] = []
+        self._made: dict[Key, Tokens] = {}
+
+    def at(self, key: Key, h: Tokens) -> Tokens | None:
+        """What is added to the hidden states h of that attention layer."""
+        if self._picture is None or key not in self._units:
+            return None
+        if not self._signals:
+            self._signals = self._sharing.signals(self._picture.to(h))
+        if key not in self._made:
+            self._made[key] = self._weight * self._units[key].control(self._signals[LEVELS[key[1]]])
+        return self._made[key]
+
+
+def control_patches(controls: Controls, switch: Switch) -> list[Patch]:
     """What adds the control signals to the hidden states before any other patch, and to the answer after all others.
 
     Outermost, unlike the rest: where other extensions merge tokens in between, they still are as many as the signal's.
-    picture: [b, 3, H, W], one for all pictures or one for each.
     """
-    units = units_of(sharing)
-    signals: list[Tensor] = []
-    controls: dict[Key, Tokens] = {}
-
-    def control(key: Key, h: Tokens) -> Tokens:
-        if not signals:
-            signals.extend(sharing.signals(picture.to(h)))
-        if key not in controls:
-            controls[key] = weight * units[key].control(signals[LEVELS[key[1]]])
-        return controls[key]
 
     def before(name: str) -> Callable[..., tuple[Tokens, Tokens, Tokens]]:
         def patch(h: Tokens, context: Tokens, value: Tokens, extra: Mapping[str, Any]) -> tuple[Tokens, Tokens, Tokens]:
-            key = name, extra["block"]
-            if key not in units or not switch.on:
+            control = controls.at((name, extra["block"]), h) if switch.on else None
+            if control is None:
                 return h, context, value
-            controlled = add_to_rows(h, control(key, h))
+            controlled = add_to_rows(h, control)
             return controlled, controlled if context is h else context, controlled if value is h else value
 
         return patch
 
     def after(name: str) -> Callable[..., Tokens]:
         def patch(answer: Tokens, extra: Mapping[str, Any]) -> Tokens:
-            key = name, extra["block"]
-            return add_to_rows(answer, control(key, answer)) if key in units and switch.on else answer
+            control = controls.at((name, extra["block"]), answer) if switch.on else None
+            return answer if control is None else add_to_rows(answer, control)
 
         return patch
 

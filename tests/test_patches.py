@@ -8,7 +8,15 @@ from torch.nn import functional as F
 
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.nets.attention_sharing import ATTENTIONS, BLOCKS, LEVELS, AttentionSharing, Layer
-from lib_layerdiffuse.patches import Layers, Switch, add_to_rows, attention_patches, condition_patch, control_patches
+from lib_layerdiffuse.patches import (
+    Controls,
+    Layers,
+    Switch,
+    add_to_rows,
+    attention_patches,
+    condition_patch,
+    control_patches,
+)
 from tests.test_attention_sharing import CONTEXT, WIDTH, HostAttention, random_file, reference
 
 NAMES = [(name, block) for name in ATTENTIONS for block in BLOCKS]
@@ -67,7 +75,7 @@ def layer(name):
 
 def sharing_lists(host, sharing, switch, picture=None, weight=1.0, others=()):
     patches = attention_patches(Layers(sharing, dict.fromkeys(NAMES, host), weight, lambda: 0), switch)
-    control = [] if picture is None else control_patches(sharing, picture, weight, switch)
+    control = [] if picture is None else control_patches(Controls(sharing, picture, weight), switch)
     return in_lists([*patches, *control], others)
 
 

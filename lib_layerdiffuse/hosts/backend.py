@@ -50,7 +50,15 @@ from lib_layerdiffuse.images import Box, ResizeMode
 from lib_layerdiffuse.injection import Injection, WeightPatch, misfit
 from lib_layerdiffuse.methods import Family
 from lib_layerdiffuse.nets.attention_sharing import ATTENTIONS, BLOCKS, FoldedSharing
-from lib_layerdiffuse.patches import Layers, Patch, Switch, attention_patches, condition_patch, control_patches
+from lib_layerdiffuse.patches import (
+    Controls,
+    Layers,
+    Patch,
+    Switch,
+    attention_patches,
+    condition_patch,
+    control_patches,
+)
 from lib_layerdiffuse.request import Request
 from lib_layerdiffuse.tensors import Latent, Rgb
 
@@ -617,16 +625,8 @@ def refuse_unfit(unet: Any, injection: Injection, patch: WeightPatch) -> None:
             f"{injection.method.label} adds to the weights of the UNet, which is quantised (NF4 or GGUF) in this "
             "checkpoint. Choose a checkpoint in fp16, bf16 or fp8."
         )
-    wanted = patch.shapes()
-    shapes = {key: tuple(found[key].shape) for key in wanted.keys() & found.keys()}
-    matrices = {key: (shape[0], found[key][0].numel()) if key in patch.lora else shape for key, shape in shapes.items()}
-    unfit = [key for key, shape in wanted.items() if matrices.get(key) != shape]
-    if unfit:
-        raise misfit(
-            injection.method,
-            f"{len(unfit)} of its {len(wanted)} additions do not fit this UNet, such as {unfit[0]} "
-            f"(file {wanted[unfit[0]]}, UNet {shapes.get(unfit[0], 'has none')})",
-        )
+    if reason := patch.misfit(found):
+        raise misfit(injection.method, reason)
 
 
 def condition_patches(patch: WeightPatch, latents: Latent | None, weight: float, switch: Switch) -> list[Patch]:
@@ -644,7 +644,7 @@ def sharing_patches(
     loader = unet.lora_loader
     layers = Layers(sharing, hosts, weight, version=lambda: loader.loaded_hash)
     afterwards.callback(layers.clear)  # the patched UNet itself stays until the next job
-    control = [] if picture is None else control_patches(sharing, picture, weight, switch)
+    control = [] if picture is None else control_patches(Controls(sharing, picture, weight), switch)
     return [*attention_patches(layers, switch), *control]
 
 
