@@ -23,6 +23,8 @@ Box: TypeAlias = tuple[int, int, int, int]  # left, upper, right and lower edge,
 MAX_PIXELS = 100_000_000  # of an image sent: a small file may hold more than fits into memory
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # of images sent; others make Pillow start programs
 
+GREY = torch.tensor(0.5)  # what transparent latents have behind them
+
 CHECKER_GREYS = (0.45, 0.55)  # both close to the middle: black and white subjects stand out alike
 CHECKER_SIZE = 16  # pixels; still visible as squares when 1024 px are shown as a thumbnail
 
@@ -102,7 +104,7 @@ def compose(rgba: Rgba, background: Rgb) -> Rgb:
 def over_grey(image: Image.Image) -> Rgb:
     """Any image over the middle grey, as transparent latents show it to the VAE: [1, 3, H, W]."""
     pixels = from_pil(image)[None]
-    return compose(pixels, torch.tensor(0.5)) if pixels.shape[1] == 4 else pixels
+    return compose(pixels, GREY) if pixels.shape[1] == 4 else pixels
 
 
 def flattened(image: Image.Image) -> Image.Image:

@@ -17,6 +17,7 @@ from lib_layerdiffuse import outputs
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.hosts.base import BaseModel, Host, seen
 from lib_layerdiffuse.images import (
+    GREY,
     ResizeMode,
     blended,
     compose,
@@ -161,7 +162,7 @@ class Session:
         rgba = from_pil(seen(self.host, p, init))[None]
         if self._mask and self.host.fills_mask(p):
             rgba = fill_masked(rgba, from_pil(self._mask)[None, :1])
-        mean, deviation = self.host.posterior(p, compose(rgba, torch.tensor(0.5)))
+        mean, deviation = self.host.posterior(p, compose(rgba, GREY))
         offset = with_room(self.host, vae.encoder, ENCODE_CHANNELS, rgba, lambda: vae.encode(rgba))
         return mean, mean + deviation * offset.to(mean)
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 pytest.importorskip("torchmetrics", reason="training has an environment of its own, as new as this one's newest")
 
-from training.metrics import BACKGROUNDS, MOST_DB, compare, compare_folders, slope
+from lib_layerdiffuse.metrics import BACKGROUNDS, MOST_DB, compare, compare_folders, slope
 
 
 def rgba(alpha, colour=(0.2, 0.4, 0.6), side=32):
@@ -76,7 +76,7 @@ def folders(tmp_path):
 
 
 def test_folders_on_the_command_line(folders):
-    command = [sys.executable, "-m", "training.metrics", *map(str, folders)]
+    command = [sys.executable, "-m", "lib_layerdiffuse", "metrics", "--json", *map(str, folders)]
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert found["pictures"] == 2
     assert found["alpha mae"] == pytest.approx(127 / 255 / 2)

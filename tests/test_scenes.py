@@ -1,6 +1,5 @@
 """The tiny world's pictures: what their captions say, repeatable, with alpha of every kind."""
 
-import json
 from collections import Counter
 
 import numpy as np
@@ -92,13 +91,17 @@ def test_blends_are_the_foreground_over_the_background():
     assert not np.allclose(each.blend, each.background)
 
 
-def test_a_folder_of_pictures_with_captions(tmp_path):
-    write(tmp_path / "world", 7, seed=1, size=SIZE, held_out=True, with_layers=True)
-    rows = [json.loads(line) for line in (tmp_path / "world" / "metadata.jsonl").read_text().splitlines()]
-    assert len(rows) == len({row["file_name"] for row in rows}) == 21
-    for row in rows:
-        image = Image.open(tmp_path / "world" / row["file_name"])
+@pytest.mark.parametrize("with_layers", [False, True])
+def test_a_folder_of_pictures_with_captions(tmp_path, with_layers):
+    write(tmp_path / "world", 7, seed=1, size=SIZE, held_out=True, with_layers=with_layers)
+    endings = [".fg", ".bg", ".blend"] if with_layers else [""]
+    names = [f"{index:06}{ending}" for index in range(7) for ending in endings]
+    files = sorted(path.name for path in (tmp_path / "world").iterdir())
+    assert files == sorted(name + kind for name in names for kind in (".png", ".txt"))
+    for name in names:
+        image = Image.open(tmp_path / "world" / f"{name}.png")
         assert image.size == (SIZE, SIZE)
-        assert image.mode == ("RGBA" if "-" not in row["file_name"] else "RGB")
-    assert rows[0]["text"] == scene(0, seed=1, held_out=True).caption
+        assert image.mode == ("RGB" if name.endswith((".bg", ".blend")) else "RGBA")
+    caption = (tmp_path / "world" / f"{names[0]}.txt").read_text().strip()
+    assert caption == scene(0, seed=1, held_out=True).caption
     assert Image.open(tmp_path / "world-sheet.png").size == (6 * SIZE, 2 * SIZE)

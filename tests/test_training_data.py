@@ -12,8 +12,8 @@ pytest.importorskip("torchmetrics", reason="training has an environment of its o
 
 from torch.utils.data import DataLoader
 
-from training.data import open_source
-from training.scenes import scene
+from training.data import open_layers, open_source
+from training.scenes import layers, scene, write
 
 RED = (200, 10, 20, 128)
 
@@ -59,6 +59,52 @@ def test_scenes_without_end():
     batch = next(iter(DataLoader(found, 3)))
     assert batch["rgba"].shape == (3, 4, 32, 32)
     assert len(batch["caption"]) == 3
+
+
+def test_pictures_are_opaque_and_sometimes_backgrounds_alone():
+    found = open_source("pictures:5", 32)
+    made = {index: layers(index, seed=5, size=32) for index in (3, 9, 15)}
+    assert found[3]["caption"] == made[3].background_caption
+    assert found[9]["caption"] == made[9].foreground.caption
+    assert found[15]["caption"] == made[15].blend_caption
+    for index, picture in ((3, made[3].background), (9, made[9].blend), (15, made[15].blend)):
+        assert torch.equal(found[index]["rgba"][:3].permute(1, 2, 0), torch.from_numpy(picture))
+        assert (found[index]["rgba"][3] == 1).all()
+
+
+def test_several_sources_in_one(folder):
+    found = open_source(f"scenes:5+{folder}", 32)
+    assert found[0]["caption"] == scene(0, seed=5).caption
+    assert found[len(found) - 1]["caption"] == "picture b"
+
+
+def test_layers_in_a_folder_in_shards_and_without_either(tmp_path):
+    write(tmp_path / "data", 2, seed=3, size=32, held_out=False, with_layers=True)
+    with tarfile.open(tmp_path / "00.tar", "w") as tar:
+        for path in sorted((tmp_path / "data").iterdir()):
+            tar.add(path, path.name)
+    made = open_layers("scenes:3", 32)
+    from_folder = open_layers(str(tmp_path / "data"), 32)
+    assert len(from_folder) == 2
+    from_shards = {
+        each["fg"]["caption"]: each for each, _ in zip(open_layers(str(tmp_path / "{00..00}.tar"), 32), range(30))
+    }
+    for index in range(2):
+        expected = made[index]
+        for found in (from_folder[index], from_shards[expected["fg"]["caption"]]):
+            assert found.keys() == {"fg", "bg", "blend"}
+            for layer, sample in found.items():
+                assert sample["caption"] == expected[layer]["caption"]
+                torch.testing.assert_close(sample["rgba"], expected[layer]["rgba"], rtol=0, atol=1.01 / 255)
+
+
+def test_layers_that_are_missing_are_said(tmp_path):
+    with pytest.raises(ValueError, match="There are no layers in"):
+        open_layers(str(tmp_path), 32)
+    write(tmp_path / "data", 1, seed=3, size=32, held_out=False, with_layers=True)
+    (tmp_path / "data" / "000000.bg.txt").unlink()
+    with pytest.raises(ValueError, match=r"000000\.bg\.png has no caption"):
+        open_layers(str(tmp_path / "data"), 32)[0]
 
 
 def test_shards(tmp_path):

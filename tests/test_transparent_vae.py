@@ -19,7 +19,9 @@ from lib_layerdiffuse.nets.encoder import TransparentEncoder
 from lib_layerdiffuse.vae import TransparentVAE
 from training.harm import measure
 from training.scenes import scene
-from training.transparent_vae import TransparentPair, load_vae, parse, patch_gan, train
+from training.trainer import parse
+from training.trainer import train as run
+from training.transparent_vae import HELP, PairSettings, TransparentPair, load_vae, make, patch_gan
 
 SIZE = 64
 ENCODER = (8,) * 8
@@ -51,7 +53,11 @@ def settings(model, output, steps, *more):
     widths = ("--encoder-widths", *map(str, ENCODER), "--decoder-widths", *map(str, DECODER))
     own = ("--size", str(SIZE), "--batch", "2", "--workers", "0", "--adversarial-from", "2", "--save-every", "2")
     named = ("--vae", str(model), "--data", "scenes:1", "--output", str(output), "--steps", str(steps))
-    return parse([*named, *own, *widths, *more])
+    return parse(PairSettings, None, HELP, [*named, *own, *widths, *more])
+
+
+def train(chosen):
+    run(chosen, make)
 
 
 def rgba(count=2):

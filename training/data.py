@@ -4,7 +4,15 @@ A source is one of
 
 - a folder of RGBA pictures, captions in metadata.jsonl ({"file_name": …, "text": …}) or beside each picture as .txt;
 - WebDataset shards, like "shards/{00..99}.tar", of which each sample has a .png and a .txt;
-- "scenes:SEED", the procedural scenes of training/scenes.py.
+- "scenes:SEED", the procedural scenes of training/scenes.py;
+- "pictures:SEED", opaque ones: those scenes before their backgrounds, and backgrounds alone;
+- several of these, joined by "+".
+
+Layered data, for methods with backgrounds and blends, is
+
+- a folder with NAME.fg.png, NAME.bg.png and NAME.blend.png, and a caption for each, NAME.fg.txt and so on;
+- WebDataset shards, which are such folders packed by tar;
+- "scenes:SEED".
 
 Pictures are cropped around the middle and resized, premultiplied, so that hidden colour does not bleed.
 """
@@ -12,19 +20,20 @@ Pictures are cropped around the middle and resized, premultiplied, so that hidde
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypeAlias, TypedDict, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset
 
 from lib_layerdiffuse.images import ResizeMode, fit, from_pil
-from training.scenes import scene
+from lib_layerdiffuse.methods import Layer
+from lib_layerdiffuse.metrics import check_some, pictures
+from training.scenes import MATERIALS, Picture, layers, scene
 
-SUFFIXES = (".png", ".webp", ".tif", ".tiff")  # formats that can keep alpha without loss
 SCENES = 1_000_000  # of a seed; more than any training sees
 
 
@@ -33,11 +42,26 @@ class Sample(TypedDict):
     caption: str
 
 
+LayeredSample: TypeAlias = dict[str, Sample]  # by the values of Layer
+S = TypeVar("S")
+
+
 def open_source(source: str, size: int) -> Dataset[Sample]:
     """The samples of a source, size × size pixels. Raises ValueError where there are none."""
-    if source.startswith("scenes:"):
-        return Scenes(int(source.removeprefix("scenes:")), size)
+    if "+" in source:
+        return ConcatDataset([open_source(part, size) for part in source.split("+")])
+    kind, _, seed = source.partition(":")
+    if kind in MADE:
+        return Made(MADE[kind], int(seed), size)
     return shards(source, size) if source.endswith(".tar") else Folder(Path(source), size)
+
+
+def open_layers(source: str, size: int) -> Dataset[LayeredSample]:
+    """The samples of layered data, size × size pixels. Raises ValueError where there are none."""
+    kind, _, seed = source.partition(":")
+    if kind == "scenes":
+        return Made(layered_scene, int(seed), size)
+    return layered_shards(source, size) if source.endswith(".tar") else LayeredFolder(Path(source), size)
 
 
 def sample(image: Image.Image, caption: str, size: int) -> Sample:
@@ -60,16 +84,6 @@ class Folder(Dataset[Sample]):
             return sample(image, caption, self.size)
 
 
-def pictures(paths: Iterable[Path]) -> list[Path]:
-    """Those of them that are pictures, in order."""
-    return sorted(path for path in paths if path.suffix.lower() in SUFFIXES)
-
-
-def check_some(found: Collection[object], folder: Path) -> None:
-    if not found:
-        raise ValueError(f"There are no pictures in {folder}: expected files ending in {', '.join(SUFFIXES)}.")
-
-
 def captions(folder: Path) -> dict[Path, str]:
     """Of each picture. Raises ValueError where one has none, or is not there."""
     table = folder / "metadata.jsonl"
@@ -90,16 +104,82 @@ def caption_beside(path: Path) -> str:
     return text.read_text(encoding="utf-8")
 
 
-class Scenes(Dataset[Sample]):
-    def __init__(self, seed: int, size: int) -> None:
-        self.seed, self.size = seed, size
+class LayeredFolder(Dataset[LayeredSample]):
+    def __init__(self, folder: Path, size: int) -> None:
+        self.size = size
+        self.names = [path.with_suffix("").with_suffix("") for path in sorted(folder.rglob("*.fg.png"))]
+        if not self.names:
+            raise ValueError(f"There are no layers in {folder}: expected files ending in .fg.png, .bg.png, .blend.png.")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> LayeredSample:
+        paths = {layer.value: self.names[index].with_suffix(f".{layer.value}.png") for layer in Layer}
+        found = {}
+        for name, path in paths.items():
+            with Image.open(path) as image:
+                found[name] = sample(image, caption_beside(path), self.size)
+        return found
+
+
+class OneLayer(Dataset[LayeredSample]):
+    """Pictures as layered data with nothing but this layer."""
+
+    def __init__(self, dataset: Any, layer: Layer) -> None:
+        self.dataset, self.layer = dataset, layer
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> LayeredSample:
+        return {self.layer.value: self.dataset[index]}
+
+
+class Made(Dataset[S]):
+    """What a generator of scenes makes of index, seed and size."""
+
+    def __init__(self, make: Callable[[int, int, int], S], seed: int, size: int) -> None:
+        self.make, self.seed, self.size = make, seed, size
 
     def __len__(self) -> int:
         return SCENES
 
-    def __getitem__(self, index: int) -> Sample:
-        made = scene(index, self.seed, self.size)
-        return {"rgba": torch.from_numpy(made.rgba).permute(2, 0, 1).contiguous(), "caption": made.caption}
+    def __getitem__(self, index: int) -> S:
+        return self.make(index, self.seed, self.size)
+
+
+def made_sample(picture: Picture, caption: str) -> Sample:
+    pixels = torch.from_numpy(picture).permute(2, 0, 1)
+    opaque = torch.ones_like(pixels[:1])
+    return {"rgba": torch.cat([pixels, opaque])[:4].contiguous(), "caption": caption}
+
+
+def transparent_scene(index: int, seed: int, size: int) -> Sample:
+    made = scene(index, seed, size)
+    return made_sample(made.rgba, made.caption)
+
+
+def layered_scene(index: int, seed: int, size: int) -> LayeredSample:
+    made = layers(index, seed, size)
+    return {
+        Layer.FG.value: made_sample(made.foreground.rgba, made.foreground.caption),
+        Layer.BG.value: made_sample(made.background, made.background_caption),
+        Layer.BLEND.value: made_sample(made.blend, made.blend_caption),
+    }
+
+
+def opaque_picture(index: int, seed: int, size: int) -> Sample:
+    """What a model that knows nothing of transparency learns: scenes, whose background is not always said, and
+    every fourth time a background alone."""
+    made = layers(index, seed, size)
+    turn = index // len(MATERIALS) % 4
+    if turn == 0:
+        return made_sample(made.background, made.background_caption)
+    return made_sample(made.blend, made.foreground.caption if turn == 1 else made.blend_caption)
+
+
+MADE = {"scenes": transparent_scene, "pictures": opaque_picture}
 
 
 def shards(pattern: str, size: int) -> IterableDataset[Sample]:
@@ -108,3 +188,17 @@ def shards(pattern: str, size: int) -> IterableDataset[Sample]:
 
     samples = webdataset.WebDataset(pattern, resampled=True, shardshuffle=False, nodesplitter=webdataset.split_by_node)
     return samples.shuffle(1000).decode("pilrgba").to_tuple("png", "txt").map(lambda pair: sample(*pair, size))
+
+
+def layered_shards(pattern: str, size: int) -> IterableDataset[LayeredSample]:
+    """As `shards`."""
+    import webdataset
+
+    names = [layer.value for layer in Layer]
+    parts = [f"{name}.{kind}" for name in names for kind in ("png", "txt")]
+
+    def layered(found: Sequence[Any]) -> LayeredSample:
+        return {name: sample(*found[2 * i : 2 * i + 2], size) for i, name in enumerate(names)}
+
+    samples = webdataset.WebDataset(pattern, resampled=True, shardshuffle=False, nodesplitter=webdataset.split_by_node)
+    return samples.shuffle(1000).decode("pilrgba").to_tuple(*parts).map(layered)

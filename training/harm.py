@@ -6,7 +6,7 @@ prints the means over the first pictures of a source (training/data.py) as JSON:
 
 - harm: by how many dB the offset worsens what the frozen VAE shows, PSNR(x, D(z)) - PSNR(x, D(z + offset)), x being the
   picture over grey (arXiv 2402.17113, section 3.1: the offset should leave the latents what they are to the model);
-- with a decoder, of encoding and decoding each picture: the metrics of training/metrics.py.
+- with a decoder, of encoding and decoding each picture: the metrics of lib_layerdiffuse/metrics.py.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from torch import nn
 
-from lib_layerdiffuse.images import compose
+from lib_layerdiffuse.images import GREY, compose
+from lib_layerdiffuse.metrics import compare, psnr
 from lib_layerdiffuse.nets.decoder import TransparentDecoder
 from lib_layerdiffuse.nets.encoder import TransparentEncoder
 from lib_layerdiffuse.tensors import Rgba
 from lib_layerdiffuse.vae import TransparentVAE
 from training.data import open_source
-from training.metrics import compare, psnr
-from training.transparent_vae import GREY, load_vae, there_and_back
+from training.transparent_vae import load_vae, there_and_back
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
     python -m training.scenes FOLDER [--count 600] [--seed 0] [--size 128] [--held-out] [--layers]
 
-writes RGBA PNGs with their captions in metadata.jsonl (the layout of datasets' "imagefolder"), and a contact sheet.
+writes RGBA PNGs with their captions, as training/data.py reads them, and a contact sheet.
 Every scene is made from its seed and index alone. A fifth of the pairs of shape and colour is held out: only
 `held_out=True` makes them, for tests of what was never trained on.
 """
@@ -10,7 +10,6 @@ Every scene is made from its seed and index alone. A fifth of the pairs of shape
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -327,18 +326,18 @@ def to_image(picture: Picture) -> Image.Image:
 
 def write(folder: Path, count: int, seed: int, size: int, held_out: bool, with_layers: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    rows = []
     for index in range(count):
-        of_scene = layers(index, seed, size, held_out)
-        pictures = {"": (of_scene.foreground.rgba, of_scene.foreground.caption)}
+        made = layers(index, seed, size, held_out)
+        pictures = {"": (made.foreground.rgba, made.foreground.caption)}
         if with_layers:
-            pictures["-background"] = of_scene.background, of_scene.background_caption
-            pictures["-blend"] = of_scene.blend, of_scene.blend_caption
+            backgrounds = {
+                ".bg": (made.background, made.background_caption),
+                ".blend": (made.blend, made.blend_caption),
+            }
+            pictures = {".fg": pictures[""], **backgrounds}
         for suffix, (picture, caption) in pictures.items():
-            name = f"{index:06}{suffix}.png"
-            to_image(picture).save(folder / name)
-            rows.append({"file_name": name, "text": caption})
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            to_image(picture).save(folder / f"{index:06}{suffix}.png")
+            (folder / f"{index:06}{suffix}.txt").write_text(caption + "\n", encoding="utf-8")
     contact_sheet(min(count, 60), seed, size, held_out).save(folder.with_name(folder.name + "-sheet.png"))
 
 

@@ -1,19 +1,13 @@
 """How close transparent pictures come to others: in colour over nine backgrounds, and in their alpha.
 
-    python -m training.metrics TRUTH RESULT [--lpips]
-
-compares two folders of PNGs (or other lossless pictures) of the same names, and prints the means as JSON. Colour is
-compared as it is seen, over each background in turn, and averaged (arXiv 2507.09308): what is hidden does not count.
-Alpha is compared as in matting (Rhemann et al., CVPR 2009). LPIPS fetches its network at the first use.
+Colour is compared as it is seen, over each background in turn, and averaged (arXiv 2507.09308): what is hidden does not
+count. Alpha is compared as in matting (Rhemann et al., CVPR 2009). LPIPS fetches its network at the first use.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
 
@@ -28,7 +22,6 @@ from torchmetrics.functional.image import (
 
 from lib_layerdiffuse.images import compose, from_pil
 from lib_layerdiffuse.tensors import Rgba
-from training.data import check_some, pictures
 
 BACKGROUNDS: Mapping[str, tuple[float, float, float]] = {
     "grey": (128 / 255, 128 / 255, 128 / 255),
@@ -41,6 +34,7 @@ BACKGROUNDS: Mapping[str, tuple[float, float, float]] = {
     "cyan": (0, 1, 1),
     "magenta": (1, 0, 1),
 }
+SUFFIXES = (".png", ".webp", ".tif", ".tiff")  # formats that can keep alpha without loss
 MOST_DB = 100.0  # PSNR of pictures that are equal, so that means stay numbers
 EDGE_SIGMA = 1.4  # pixels, of the Gaussian whose derivative finds edges
 
@@ -51,6 +45,13 @@ def psnr(truth: Tensor, result: Tensor) -> float:
     return min(MOST_DB, -10 * math.log10(error)) if error else MOST_DB
 
 
+def ssim(truth: Tensor, result: Tensor) -> float:
+    """At most 1, of values in 0..1."""
+    found = structural_similarity_index_measure(result, truth, data_range=1.0)
+    assert isinstance(found, Tensor)  # not the tuple that other arguments would give
+    return found.item()
+
+
 def colour_metrics(truth: Rgba, result: Rgba, lpips: bool = False) -> dict[str, float]:
     """Means over the backgrounds: psnr in dB; ssim, at most 1; lpips (AlexNet), where less is nearer."""
     truth, result = truth.double(), result.double()  # ssim loses its digits where a picture is even
@@ -58,7 +59,7 @@ def colour_metrics(truth: Rgba, result: Rgba, lpips: bool = False) -> dict[str, 
     pairs = [(compose(truth, background), compose(result, background)) for background in backgrounds]
     found = {
         "psnr": fmean(psnr(*pair) for pair in pairs),
-        "ssim": fmean(structural_similarity_index_measure(b, a, data_range=1.0).item() for a, b in pairs),
+        "ssim": fmean(ssim(*pair) for pair in pairs),
     }
     if lpips:
         of_each = (
@@ -101,6 +102,16 @@ def compare(truth: Rgba, result: Rgba, lpips: bool = False) -> dict[str, float]:
 # --- files ---
 
 
+def pictures(paths: Iterable[Path]) -> list[Path]:
+    """Those of them that are pictures, in order."""
+    return sorted(path for path in paths if path.suffix.lower() in SUFFIXES)
+
+
+def check_some(found: Collection[object], folder: Path) -> None:
+    if not found:
+        raise ValueError(f"There are no pictures in {folder}: expected files ending in {', '.join(SUFFIXES)}.")
+
+
 def read(path: Path) -> Rgba:
     with Image.open(path) as image:
         return from_pil(image.convert("RGBA"))[None]
@@ -124,19 +135,3 @@ def compare_folders(truth: Path, result: Path, lpips: bool = False) -> dict[str,
 
 def size(picture: Tensor) -> str:
     return f"{picture.shape[3]}x{picture.shape[2]}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("truth", type=Path)
-    parser.add_argument("result", type=Path)
-    parser.add_argument("--lpips", action="store_true")
-    arguments = parser.parse_args()
-    try:
-        print(json.dumps(compare_folders(arguments.truth, arguments.result, arguments.lpips), indent=1))
-    except (OSError, ValueError) as error:
-        sys.exit(str(error))
-
-
-if __name__ == "__main__":
-    main()
