@@ -1,0 +1,196 @@
+"""Jobs without a web UI: a request, prompts and seeds go in, pictures come out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lib_layerdiffuse.errors import LayerDiffuseError
+from lib_layerdiffuse.hosts.diffusers import SAMPLERS, DiffusersHost, Sampling
+from lib_layerdiffuse.images import GREY, ResizeMode, compose, fit, from_pil, over_grey, to_pil
+from lib_layerdiffuse.injection import Injection, WeightPatch, load_injection
+from lib_layerdiffuse.methods import DECODERS, ENCODERS, Layer, find_method
+from lib_layerdiffuse.nets.decoder import TransparentDecoder
+from lib_layerdiffuse.nets.encoder import TransparentEncoder
+from lib_layerdiffuse.notes import sampler_for
+from lib_layerdiffuse.request import Request
+from lib_layerdiffuse.tensors import Latent, Rgb, Rgba
+from lib_layerdiffuse.vae import LATENT_STRIDE, TransparentVAE
+from lib_layerdiffuse.weights import read_tensors
+
+OPAQUE = "opaque"
+MOST_PASSES = 8
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is sampled, apart from what LayerDiffuse does."""
+
+    prompt: str
+    negative: str = ""
+    seed: int = 0  # of the first picture; those of all others run on from it
+    count: int = 1
+    width: int = 512  # in pixels
+    height: int = 512
+    steps: int = 25
+    cfg: float = 7.0
+    sampler: str = "Euler a"
+    inits: Sequence[Image.Image] = ()  # img2img: what the pictures start from, in turn
+    strength: float = 0.75  # of img2img
+
+
+@dataclass(frozen=True)
+class Made:
+    """A picture, what it shows (None without LayerDiffuse), and the latent that it came from."""
+
+    image: Image.Image  # RGBA where it is a foreground, else RGB
+    opaque: Image.Image  # what the model's own VAE shows of it
+    layer: Layer | None
+    latent: Latent  # of this picture alone
+
+
+class Studio:
+    """A model with the weights that go with it; keeps what it has read.
+
+    obtain: the path of a weight file, by its name.
+    """
+
+    def __init__(self, host: DiffusersHost, obtain: Callable[[str], Path]) -> None:
+        self.host = host
+        self._obtain = obtain
+        self._injections: dict[str, Injection] = {}
+        self._vae: TransparentVAE | None = None
+
+    def run(self, request: Request | None, job: Job) -> list[list[Made]]:
+        """For each of the job's pictures, what belongs together. Raises LayerDiffuseError."""
+        check(job)
+        if request is None:
+            return self._step(None, job)
+        self._check_family(request)
+        if not request.method.chain:
+            return self._step(request, job)
+        if job.inits:
+            raise LayerDiffuseError(f"{request.method.label} runs several methods, which cannot start from a picture.")
+        images: dict[Layer, Sequence[Image.Image]] = dict(request.images)
+        runs: list[list[Made]] = []
+        for step in request.method.chain:
+            sampler = sampler_for(step.avoids, job.sampler)
+            together = self._step(request.for_step(step, images), replace(job, sampler=sampler))
+            runs.append([made for [made] in together])
+            [layer] = find_method(step.key).outputs
+            images[layer] = [made.image for made in runs[-1]]
+        return [list(together) for together in zip(*runs)]
+
+    def encode(self, image: Image.Image) -> Latent:
+        """The latent of a picture with its transparency in it, in VAE space."""
+        rgba = from_pil(image.convert("RGBA"))[None]
+        mean, deviation = self.host.posterior(compose(rgba, GREY))
+        return mean + deviation * self.vae.encode(rgba).to(mean)
+
+    def decode(self, latent: Latent, painted: Rgb | None = None, passes: int = MOST_PASSES) -> Rgba:
+        """The picture in a latent (VAE space). painted: what the model's VAE shows of it, where that is known."""
+        rgb = self.host.pixels(latent) if painted is None else painted
+        return self.vae.decode(rgb, latent.to(rgb), passes)
+
+    @property
+    def vae(self) -> TransparentVAE:
+        if self._vae is None:
+            family, device = self.host.family, self.host.unet.device
+            decoder = TransparentDecoder.from_state_dict(read_tensors(self._obtain(DECODERS[family])))
+            encoder = TransparentEncoder.from_state_dict(read_tensors(self._obtain(ENCODERS[family])))
+            self._vae = TransparentVAE(*(net.to(device, torch.float32) for net in (decoder, encoder)))
+        return self._vae
+
+    def _check_family(self, request: Request) -> None:
+        method = request.method
+        if method.family is not self.host.family:
+            raise LayerDiffuseError(
+                f"{method.label} needs {method.family.word}, but the model is {self.host.family.word}. "
+                "Choose another model, or a method for this one."
+            )
+
+    def _step(self, request: Request | None, job: Job) -> list[list[Made]]:
+        outputs: Sequence[Layer | None] = request.method.outputs if request else (None,)
+        texts = [request.words_before(layer) if request and layer else "" for layer in outputs]
+        prompts = [", ".join(filter(None, [text, job.prompt])) for text in texts] * job.count
+        seeds = range(job.seed, job.seed + len(prompts))
+        sampling = Sampling(
+            prompts, seeds, job.negative, job.width, job.height, job.steps, job.cfg, job.sampler, job.strength
+        )
+        start = self._start(job, list(outputs) * job.count) if job.inits else None
+        with self._injected(request, job):
+            latents = self.host.vae_latent(self.host.sample(sampling, start))
+        passes = (request.passes if request else 0) or MOST_PASSES
+        made = [self._made(latent[None], layer, passes) for latent, layer in zip(latents, list(outputs) * job.count)]
+        return [made[i : i + len(outputs)] for i in range(0, len(made), len(outputs))]
+
+    def _made(self, latent: Latent, layer: Layer | None, passes: int) -> Made:
+        painted = self.host.pixels(latent)
+        opaque = to_pil(painted[0])
+        image = to_pil(self.decode(latent, painted, passes)[0]) if layer is Layer.FG else opaque
+        return Made(image, opaque, layer, latent)
+
+    def _start(self, job: Job, layers: Sequence[Layer | None]) -> Latent:
+        """What the rows of img2img start from, sampler space: transparency goes into those of foregrounds only."""
+        fitted = [fit(image, ResizeMode.CROP_AND_RESIZE, job.width, job.height) for image in job.inits]
+        frames = len(layers) // job.count
+        rows = [(fitted[row // frames % len(fitted)], layer) for row, layer in enumerate(layers)]
+        latents = [
+            self.encode(image) if layer is Layer.FG else self.host.posterior(over_grey(image))[0]
+            for image, layer in rows
+        ]
+        return self.host.sampler_latent(torch.cat(latents))
+
+    def _injected(self, request: Request | None, job: Job) -> AbstractContextManager[None]:
+        if request is None or not request.injects:
+            return nullcontext()
+        injection = self._injection(request)
+        condition = self._condition(request, injection, job)
+        return self.host.inject(injection, request.weight, request.starting_step, request.ending_step, condition)
+
+    def _injection(self, request: Request) -> Injection:
+        """Only the last one is kept, as each may have gigabytes."""
+        file = request.method.weights
+        if file not in self._injections:
+            self._injections = {file: load_injection(request.method, self._obtain(file))}
+        return self._injections[file]
+
+    def _condition(self, request: Request, injection: Injection, job: Job) -> Tensor | None:
+        """What the injection reads of the images given, one for all pictures or one for each."""
+        given = [request.images[layer] for layer in request.method.inputs]
+        if not given:
+            return None
+
+        def pixels(images: Sequence[Image.Image]) -> Rgb:
+            fitted = [fit(image, request.resize_mode, job.width, job.height) for image in images]
+            return torch.cat([over_grey(image) for image in fitted]).to(self.host.unet.device)
+
+        rgb = [pixels(images) for images in given]
+        if not isinstance(injection.content, WeightPatch):
+            [picture] = rgb
+            return picture
+        several = max(map(len, rgb))
+        latents = [self.host.posterior(picture)[0].expand(several, -1, -1, -1) for picture in rgb]
+        return self.host.sampler_latent(torch.cat(latents, dim=1))
+
+
+def check(job: Job) -> None:
+    """Raises LayerDiffuseError where a job cannot be sampled."""
+    if job.width % LATENT_STRIDE or job.height % LATENT_STRIDE or min(job.width, job.height) < 64:
+        raise LayerDiffuseError(
+            f"The size is {job.width}x{job.height}. Choose a width and height from 64 that {LATENT_STRIDE} divides."
+        )
+    if job.count < 1 or job.steps < 1:
+        raise LayerDiffuseError(
+            f"{job.count} pictures of {job.steps} steps were asked for. Choose at least one of each."
+        )
+    if job.sampler not in SAMPLERS:
+        raise LayerDiffuseError(f"There is no sampler {job.sampler}. Choose one of {', '.join(SAMPLERS)}.")
+    if job.inits and not 0 < job.strength <= 1:
+        raise LayerDiffuseError(f"The strength is {job.strength:g}. Choose one above 0, up to 1.")

@@ -1,0 +1,178 @@
+"""What is injected into UNets of diffusers, and what is trained in them: the tiny world's, with random weights."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("peft", reason="training has an environment of its own, as new as this one's newest")
+
+from accelerate.state import AcceleratorState
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+from lib_layerdiffuse.errors import LayerDiffuseError
+from lib_layerdiffuse.hosts.diffusers import DiffusersHost, Sampling, checkpoint_keys
+from lib_layerdiffuse.injection import load_injection
+from lib_layerdiffuse.methods import METHODS, Family, find_method
+from training.injection import KINDS, InjectionSettings
+from training.tiny.models import MAKERS, make_tokenizer, make_vae
+from training.trainer import save_halves
+
+SIDE = 8  # of latents
+TRAINABLE = [method for method in METHODS if not method.chain]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _process_of_its_own():
+    """As far as accelerate knows."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def pipeline_of(family):
+    torch.manual_seed(0)
+    return MAKERS[family](make_vae())
+
+
+def settings(method):
+    return InjectionSettings(data="", output="", model="", method=method.key, rank=4, signal=8)
+
+
+def trained(method, pipeline):
+    """A network in training whose weights are random, as if it had learnt something."""
+    pipeline.unet.requires_grad_(False)
+    net = KINDS[method.key](pipeline.unet, settings(method), method).eval()
+    for weight in net.parameters():
+        if weight.requires_grad:
+            weight.data += 0.1 * torch.randn_like(weight)
+    return net
+
+
+def inputs(method, pipeline, pictures=2):
+    unet, rows = pipeline.unet, pictures * method.frames
+    torch.manual_seed(1)
+    context = torch.randn(rows, 7, unet.config.cross_attention_dim)
+    added = None
+    if method.family is Family.SDXL:
+        added = {
+            "text_embeds": torch.randn(rows, pipeline.text_encoder_2.config.projection_dim),
+            "time_ids": torch.ones(rows, 6),
+        }
+    condition = torch.zeros(pictures, 0)
+    if method.inputs:
+        latents = torch.randn(pictures, 4 * len(method.inputs), SIDE, SIDE)
+        condition = latents if method.family is Family.SDXL else torch.rand(pictures, 3, 8 * SIDE, 8 * SIDE)
+    return torch.randn(rows, 4, SIDE, SIDE), torch.full((rows,), 500), context, added, condition
+
+
+def answer(unet, given):
+    noisy, timesteps, context, added, _ = given
+    with torch.no_grad():
+        return unet(noisy, timesteps, context, added_cond_kwargs=added).sample
+
+
+@pytest.mark.parametrize("family", Family)
+def test_the_names_in_checkpoints_are_those_that_diffusers_converts(family):
+    unet = pipeline_of(family).unet
+    checkpoint = {
+        f"model.{key}": weight for (_, weight), key in zip(unet.named_parameters(), checkpoint_keys(unet).values())
+    }
+    converted = convert_ldm_unet_checkpoint(checkpoint, dict(unet.config))
+    own = dict(unet.named_parameters())
+    assert converted.keys() == own.keys() == checkpoint_keys(unet).keys()
+    assert all(converted[name] is own[name] for name in own)
+
+
+@pytest.mark.parametrize("method", TRAINABLE, ids=lambda method: method.key)
+def test_what_was_trained_is_what_is_injected(method, tmp_path):
+    """The file of each method, read and injected as users do, makes the UNet answer as the trained network does."""
+    pipeline = pipeline_of(method.family)
+    given = inputs(method, pipeline)
+    plain = answer(pipeline.unet, given)
+    net = trained(method, pipeline)
+    for weight in net.tensors().values():
+        weight.data = weight.data.half().float()  # as the file has them
+    save_halves(net.tensors(), tmp_path / method.weights)
+    with torch.no_grad():
+        expected = net(*given)
+    assert (expected - plain).abs().mean() > 0.05 * plain.abs().mean(), "nothing was added that could be missing"
+
+    host = DiffusersHost(pipeline_of(method.family))
+    injection = load_injection(method, tmp_path / method.weights)
+    before = {name: weight.clone() for name, weight in host.unet.named_parameters()}
+    condition = given[-1] if method.inputs else None
+    with host.inject(injection, 1.0, 0.0, 1.0, condition):
+        found = answer(host.unet, given)
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3 * expected.abs().max().item())
+    assert all(torch.equal(before[name], weight) for name, weight in host.unet.named_parameters())
+    assert torch.equal(answer(host.unet, given), plain)
+
+
+@pytest.mark.parametrize("key", ["sd15_fg2bg", "xl_transparent_attn", "xl_bgble2fg"])
+def test_weight_and_span(key, tmp_path):
+    method = find_method(key)
+    pipeline = pipeline_of(method.family)
+    given = inputs(method, pipeline)
+    save_halves(trained(method, pipeline).tensors(), tmp_path / method.weights)
+    host = DiffusersHost(pipeline_of(method.family))
+    plain = answer(host.unet, given)
+    injection = load_injection(method, tmp_path / method.weights)
+    condition = given[-1] if method.inputs else None
+
+    def with_span(weight, start, stop, timestep):
+        with host.inject(injection, weight, start, stop, condition):
+            return answer(host.unet, (given[0], torch.full_like(given[1], timestep), *given[2:]))
+
+    torch.testing.assert_close(with_span(0.0, 0, 1, 500), plain, rtol=1e-4, atol=1e-5)
+    whole, half = with_span(1.0, 0, 1, 500), with_span(0.5, 0, 1, 500)
+    assert (half - plain).abs().mean() < (whole - plain).abs().mean()
+    assert not torch.equal(
+        with_span(1.0, 0, 0.4, 700), answer(host.unet, (given[0], torch.full_like(given[1], 700), *given[2:]))
+    )
+    assert torch.equal(with_span(1.0, 0, 0.4, 500), plain), "it goes on after its end"
+    assert torch.equal(with_span(1.0, 0.6, 1, 500), plain), "it begins too early"
+    assert torch.equal(with_span(1.0, 0.4, 1, 500), whole)
+
+
+def test_weights_of_another_unet_are_refused_before_anything_changes(tmp_path):
+    method = find_method("xl_transparent_conv")
+    pipeline = pipeline_of(method.family)
+    tensors = dict(trained(method, pipeline).tensors())
+    key = next(key for key in tensors if key.endswith("out.2.weight::diff::0"))
+    tensors[key] = tensors[key][:2]
+    save_halves(tensors, tmp_path / method.weights)
+    host = DiffusersHost(pipeline_of(method.family))
+    injection = load_injection(method, tmp_path / method.weights)
+    injected = host.inject(injection, 1.0, 0.0, 1.0, None)
+    with pytest.raises(LayerDiffuseError, match=r"out\.2\.weight .*UNet \(4, 32, 3, 3\)"), injected:
+        pass
+
+
+def test_models_that_are_not_there_or_of_the_other_family(tmp_path):
+    with pytest.raises(LayerDiffuseError, match="nowhere cannot be loaded"):
+        DiffusersHost.load(tmp_path / "nowhere", Family.SD15)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(LayerDiffuseError, match=r"no plain SD1\.5 or SDXL checkpoint"):
+        DiffusersHost.load(tmp_path / "model.safetensors", Family.SD15)
+    pipeline_of(Family.SD15).save_pretrained(tmp_path / "sd15")
+    assert DiffusersHost.load(tmp_path / "sd15", Family.SD15).usual_size == 128
+    with pytest.raises(LayerDiffuseError, match="StableDiffusionPipeline, but this needs SDXL"):
+        DiffusersHost.load(tmp_path / "sd15", Family.SDXL)
+
+
+def test_seeds_are_of_each_picture():
+    host = DiffusersHost(pipeline_of(Family.SD15))
+    host.pipeline.set_progress_bar_config(disable=True)
+    sampling = Sampling(["a red disc"] * 2, [5, 6], "", 64, 64, 2, 1.0, "Euler")
+    both = host.sample(sampling)
+    torch.testing.assert_close(
+        host.sample(replace(sampling, prompts=["a red disc"], seeds=[6])), both[1:], rtol=1e-3, atol=1e-3
+    )
+    assert not torch.equal(both[0], both[1])
+
+
+def test_the_tokenizer_knows_its_words_and_spells_others():
+    tokenizer = make_tokenizer()
+    known = tokenizer.tokenize("a hairy purple triangle at the bottom right over a striped red and blue background")
+    assert len(known) == 15
+    assert tokenizer.unk_token not in tokenizer.tokenize("Zebra!")
+    assert tokenizer(["a"], padding="max_length").input_ids[0][0] == tokenizer.bos_token_id

@@ -1,0 +1,165 @@
+"""Jobs without a web UI, and the command line, in a world of random weights."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("peft", reason="training has an environment of its own, as new as this one's newest")
+
+import numpy as np
+from PIL import Image
+from safetensors.torch import load_file
+
+from lib_layerdiffuse import __main__ as program
+from lib_layerdiffuse.images import from_pil, over
+from lib_layerdiffuse.methods import DECODERS, ENCODERS, METHODS, Family, Layer, find_method
+from lib_layerdiffuse.nets.decoder import TransparentDecoder
+from lib_layerdiffuse.nets.encoder import TransparentEncoder
+from training.injection import KINDS, InjectionSettings
+from training.tiny.models import MAKERS, make_vae
+from training.trainer import save_halves
+
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("world")
+    vae = make_vae()
+    vae.register_to_config(scaling_factor=0.5)
+    vae.save_pretrained(folder / "vae")
+    for family, make in MAKERS.items():
+        pipeline = make(vae)
+        pipeline.save_pretrained(folder / family.value)
+    weights = folder / "weights"
+    weights.mkdir()
+    decoder = TransparentDecoder((8,) * 7, 2, [False] * 4 + [True] * 3, 3, 4, 4).state_dict()
+    encoder = TransparentEncoder([4, *(8,) * 8, 4]).state_dict()
+    for family in Family:
+        save_halves(decoder, weights / DECODERS[family])
+        save_halves(encoder, weights / ENCODERS[family])
+    for method in METHODS:
+        if not method.chain:
+            pipeline = MAKERS[method.family](vae)
+            pipeline.unet.requires_grad_(False)
+            asked = InjectionSettings(data="", output="", model="", method=method.key, rank=4, signal=8)
+            net = KINDS[method.key](pipeline.unet, asked, method)
+            for weight in net.parameters():
+                if weight.requires_grad:
+                    weight.data += 0.05 * torch.randn_like(weight)
+            save_halves(net.tensors(), weights / method.weights)
+    return folder
+
+
+@pytest.fixture
+def run(world, monkeypatch, tmp_path, capsys):
+    """The command line in that world; its answer."""
+    monkeypatch.setattr(program, "WORLD", world)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        program.main([*map(str, words), "--json"])
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+def generate(run, *more):
+    small = ("--width", SIZE, "--height", SIZE, "--steps", 2, "--passes", 1, "--sampler", "Euler")
+    return run("generate", "--prompt", "a red disc", "--output", "out", *small, *more)["pictures"]
+
+
+@pytest.fixture
+def given(tmp_path):
+    random = np.random.default_rng(0)
+    paths = {layer: tmp_path / f"{layer.value}.png" for layer in Layer}
+    for layer, path in paths.items():
+        channels = 4 if layer is Layer.FG else 3
+        Image.fromarray(random.integers(0, 256, (SIZE, SIZE, channels), np.uint8)).save(path)
+    return paths
+
+
+def inputs_of(method, given):
+    return [word for layer in method.inputs for word in (f"--{layer.value}-image", given[layer])]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.key)
+def test_every_method_makes_its_layers(run, method, given):
+    made = generate(run, "--method", method.key, *inputs_of(method, given), "--count", 2)
+    assert [row["layer"] for row in made] == [layer.value for layer in method.outputs] * 2
+    assert [row["picture"] for row in made] == [i // method.frames for i in range(2 * method.frames)]
+    for row in made:
+        image = Image.open(row["file"])
+        assert image.size == (SIZE, SIZE)
+        assert image.mode == ("RGBA" if row["layer"] == "fg" else "RGB")
+    assert len({Image.open(row["file"]).tobytes() for row in made}) == len(made)
+
+
+@pytest.mark.parametrize("key", ["sd15_joint", "sd15_bg2fg", "xl_transparent_conv", "xl_fg2ble"])
+def test_weight_zero_is_the_model_alone(run, key, given):
+    method = find_method(key)
+    chosen = ("--method", key, *inputs_of(method, given), "--latents")
+
+    def latents(*more):
+        rows = generate(run, *more)
+        return [load_file(row["file"].replace(".png", ".safetensors"))["latent"] for row in rows]
+
+    alone = latents("--plain", "--family", method.family.value, "--latents", "--count", method.frames)
+    off, on = latents(*chosen, "--weight", 0), latents(*chosen)
+    assert all(map(torch.equal, alone, off))
+    assert not any(map(torch.equal, alone, on))
+
+
+def test_prompts_of_layers_reach_their_layers(run):
+    def files(*more):
+        return [
+            Image.open(row["file"]).tobytes() for row in generate(run, "--method", "sd15_joint", "--weight", 0, *more)
+        ]
+
+    before, after = files(), files("--bg-prompt", "a striped background")
+    assert [a == b for a, b in zip(before, after)] == [True, False, True]
+
+
+def test_img2img_keeps_what_a_low_strength_leaves(run, given):
+    chosen = ("--method", "xl_transparent_attn", "--weight", 0, "--init", given[Layer.FG], "--steps", 10, "--latents")
+    [low] = generate(run, *chosen, "--strength", 0.1)
+    latent = load_file(low["file"].replace(".png", ".safetensors"))["latent"]
+    run("encode", given[Layer.FG], "start.safetensors", "--family", "sdxl")
+    start = load_file("start.safetensors")["latent"]
+    [other] = generate(run, *chosen, "--strength", 1)
+    far = load_file(other["file"].replace(".png", ".safetensors"))["latent"]
+    assert (latent - start).abs().mean() < (far - start).abs().mean()
+
+
+def test_decoding_a_saved_latent_gives_the_same_picture(run):
+    [row] = generate(run, "--method", "xl_transparent_attn", "--latents")
+    run("decode", row["file"].replace(".png", ".safetensors"), "again.png", "--family", "sdxl", "--passes", 1)
+    first, again = (from_pil(Image.open(path)) for path in (row["file"], "again.png"))
+    torch.testing.assert_close(again, first, rtol=0, atol=1.01 / 255)
+
+
+def test_compose(run, given):
+    run("compose", given[Layer.FG], given[Layer.BG], "blend.png")
+    expected = over(Image.open(given[Layer.FG]), Image.open(given[Layer.BG]))
+    assert Image.open("blend.png").tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--method", "sd15_bg2fg"), "needs a background image"),
+        (("--method", "xl_transparent"), "There is no method 'xl_transparent'"),
+        (("--weight", "much"), "Weight .* is 'much'. Set it to a number from 0 to 2"),
+        (("--width", "100"), "The size is 100x64. Choose"),
+        (("--sampler", "Oiler"), "There is no sampler Oiler. Choose one of Euler"),
+        (("--fg-image", "nothing.png"), "No such file.*nothing.png"),
+        (("--method", "xl_everything", "--init", "bg.png"), "cannot start from a picture"),
+        (("--count", "0"), "0 pictures of 2 steps"),
+        (("--model", "nowhere"), "nowhere cannot be loaded"),
+    ],
+)
+def test_what_cannot_be_done_is_said(run, given, words, sentence):
+    with pytest.raises(SystemExit, match=sentence):
+        generate(run, *words)
