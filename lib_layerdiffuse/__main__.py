@@ -1,12 +1,13 @@
 """LayerDiffuse without a web UI.
 
-    python -m lib_layerdiffuse generate --prompt "a glass red disc in the middle" --output out
+    python -m lib_layerdiffuse generate --model MODEL --prompt "a glass bottle" --output out
     python -m lib_layerdiffuse encode picture.png latent.safetensors
     python -m lib_layerdiffuse decode latent.safetensors picture.png
     python -m lib_layerdiffuse compose foreground.png background.png blend.png
     python -m lib_layerdiffuse metrics TRUTH RESULT
 
-Without --model it works in the tiny world that comes with it, which knows a few shapes, colours and materials.
+MODEL: a diffusers folder, a single SD1.5 or SDXL file, or a hub name. Without it, the models in lib_layerdiffuse/world
+are used (see training/tiny), where there are some; they know a few shapes, colours and materials.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from lib_layerdiffuse.images import GREY, compose
 from lib_layerdiffuse.injection import load_injection
-from lib_layerdiffuse.methods import Layer, find_method
+from lib_layerdiffuse.methods import Family, Layer, find_method
 from lib_layerdiffuse.nets.encoder import TransparentEncoder
 from lib_layerdiffuse.vae import TransparentVAE
 from training import injection
@@ -214,3 +214,16 @@ def test_every_stage_of_the_recipe_is_a_command_that_its_program_understands(sta
     if command[1] in programs:
         kind, about = programs[command[1]]
         assert parse(kind, None, about, command[2:]).output == f"WORK/{stage.name}"
+
+
+def test_the_learning_rate_rises_and_falls(models, tmp_path):
+    chosen = settings(models, tmp_path, "sd15_joint", schedule="cosine", warmup=2, steps=6)
+    trainer = injection.InjectionTrainer(chosen, Accelerator(), Answering(), MAKERS[Family.SD15](make_vae()), None)
+    rates = []
+    for _ in range(6):
+        rates.append(trainer.rate.get_last_lr()[0] / chosen.rate)
+        trainer.descend(
+            sum(weight.square().sum() for weight in trainer.learning()), trainer.net, trainer.optimizer, trainer.rate
+        )
+    assert rates[:3] == [0, 0.5, 1]
+    assert 1 > rates[3] > rates[4] > rates[5] > 0

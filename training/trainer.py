@@ -107,8 +107,12 @@ class Trainer(ABC):
         """A network for this machine or these machines, with its optimizer and its learning rate's schedule."""
         settings, several = self.settings, self.accelerator.num_processes
         optimizer = torch.optim.AdamW([each for each in net.parameters() if each.requires_grad], settings.rate)
-        # Each of several processes moves the schedule.
-        rate = get_scheduler(settings.schedule, optimizer, settings.warmup * several, settings.steps * several)
+        rate = get_scheduler(  # which each of several processes moves
+            settings.schedule,
+            optimizer,
+            num_warmup_steps=settings.warmup * several,
+            num_training_steps=settings.steps * several,
+        )
         return self.accelerator.prepare(net, optimizer, rate)
 
     @property

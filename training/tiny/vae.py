@@ -31,7 +31,7 @@ MEASURED = 512  # pictures, for the scaling factor
 class VaeSettings(Settings):
     """The options of this trainer."""
 
-    divergence: float = 1e-5
+    divergence: float = 1e-7
 
 
 HELP = {"divergence": "weight of the posterior's distance from the normal distribution; reconstruction has 1"}
