@@ -66,7 +66,7 @@ STAGES = (
     Stage(
         "vae",
         "training.tiny.vae",
-        {"data": "scenes:1+pictures:1", "batch": 8, "rate": 2e-3, "steps": 3000, "ema": 0.995},
+        {"data": "scenes:1+pictures:1", "batch": 8, "rate": 2e-3, "steps": 12_000, "ema": 0.995},
     ),
     Stage(
         "pair",

@@ -43,9 +43,9 @@ def make_vae() -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 64, 64),
+        block_out_channels=(8, 16, 32, 64),
         layers_per_block=1,
-        norm_num_groups=8,
+        norm_num_groups=4,
         sample_size=SIZE,
     )
 
