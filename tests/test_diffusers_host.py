@@ -147,6 +147,18 @@ def test_weights_of_another_unet_are_refused_before_anything_changes(tmp_path):
         pass
 
 
+def test_the_vae_is_in_single_precision_whatever_the_unet_is():
+    pipeline = pipeline_of(Family.SDXL)
+    pipeline.to(torch.bfloat16)
+    host = DiffusersHost(pipeline)
+    assert host.unet.dtype == torch.bfloat16
+    rgb = torch.rand(1, 3, 64, 64)
+    mean, deviation = host.posterior(rgb)
+    expected = pipeline.vae.float().encode(2 * rgb - 1).latent_dist
+    assert torch.equal(mean, expected.mean)
+    assert torch.equal(deviation, expected.std)
+
+
 def test_models_that_are_not_there_or_of_the_other_family(tmp_path):
     with pytest.raises(LayerDiffuseError, match="nowhere cannot be loaded"):
         DiffusersHost.load(tmp_path / "nowhere", Family.SD15)

@@ -26,7 +26,7 @@ from training.tiny.__main__ import STAGES
 from training.tiny.base import BaseSettings
 from training.tiny.models import MAKERS, make_vae
 from training.tiny.vae import VaeSettings
-from training.trainer import parse, save_halves, train
+from training.trainer import cropped, parse, save_halves, train
 
 SIZE = 64
 FEW = {"size": SIZE, "batch": 2, "steps": 2, "workers": 0, "save_every": 1}
@@ -214,6 +214,18 @@ def test_every_stage_of_the_recipe_is_a_command_that_its_program_understands(sta
     if command[1] in programs:
         kind, about = programs[command[1]]
         assert parse(kind, None, about, command[2:]).output == f"WORK/{stage.name}"
+
+
+def test_parts_of_pictures_are_random_and_of_their_size():
+    torch.manual_seed(0)
+    pictures = torch.arange(20.0 * 16).view(1, 1, 20, 16).expand(2, 3, -1, -1)
+    assert cropped(pictures, 0) is pictures
+    parts = [cropped(pictures, 8) for _ in range(400)]
+    assert {part.shape for part in parts} == {(2, 3, 8, 8)}
+    corners = {int(part[0, 0, 0, 0]) for part in parts}
+    assert {corner // 16 for corner in corners} == set(range(13))
+    assert {corner % 16 for corner in corners} == set(range(9))
+    assert all(torch.equal(part[0, 0, 0] - part[0, 0, 0, 0], torch.arange(8.0)) for part in parts)
 
 
 def test_the_learning_rate_rises_and_falls(models, tmp_path):

@@ -45,10 +45,18 @@ class Settings:
     seed: int = 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class PictureSettings(Settings):
+    """The options of trainers that work on pixels."""
+
+    crop: int = 0
+
+
 HELP = {
     "data": "a folder, shards or scenes:SEED; see training/data.py",
     "output": "a folder; the weights, states and logs go there",
     "size": "of the pictures, in pixels; a multiple of 64",
+    "crop": "learn from random parts of so many pixels a side, for more steps in the same time; 0: whole pictures",
     "schedule": "of the learning rate: constant, linear or cosine",
     "warmup": "steps over which the learning rate rises",
     "precision": "no, fp16 or bf16",
@@ -77,6 +85,14 @@ def parse(kind: type[S], about: str | None, more: Mapping[str, str], arguments: 
             option |= {"type": kinds[field.name], "default": field.default}
         parser.add_argument(f"--{field.name.replace('_', '-')}", **option)
     return kind(**vars(parser.parse_args(arguments)))
+
+
+def cropped(pictures: Tensor, side: int) -> Tensor:
+    """A random part of the pictures, [B, C, H, W] -> [B, C, side, side]; all of them for 0."""
+    if not side:
+        return pictures
+    top, left = (int(torch.randint(length - side + 1, ())) for length in pictures.shape[2:])
+    return pictures[:, :, top : top + side, left : left + side]
 
 
 class Trainer(ABC):

@@ -35,7 +35,7 @@ from lib_layerdiffuse.nets.encoder import TransparentEncoder
 from lib_layerdiffuse.tensors import Argb, Latent, Rgb, Rgba
 from lib_layerdiffuse.vae import OFFSET_SCALE
 from training.data import Sample, open_source
-from training.trainer import Settings, Trainer, parse, save_halves, train
+from training.trainer import PictureSettings, Trainer, cropped, parse, save_halves, train
 
 ENCODER_WIDTHS = (32, 32, 64, 64, 128, 128, 256, 256)
 DECODER_WIDTHS = (32, 32, 64, 128, 256, 512, 512)
@@ -44,7 +44,7 @@ AS_PAINTED = 0.5  # share of the opaque pictures whose latents get no offset, as
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairSettings(Settings):
+class PairSettings(PictureSettings):
     """The options of this trainer."""
 
     vae: str
@@ -151,7 +151,7 @@ class PairTrainer(Trainer):
 
     def losses(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Unweighted where they are shown."""
-        truth, answer, grey, seen = self.net(batch["rgba"])
+        truth, answer, grey, seen = self.net(cropped(batch["rgba"], self.settings.crop))
         losses = {"reconstruction": F.mse_loss(answer, truth), "identity": F.mse_loss(seen, grey)}
         total = losses["reconstruction"] + self.settings.identity * losses["identity"]
         if self.step >= self.settings.adversarial_from:

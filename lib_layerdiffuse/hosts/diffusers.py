@@ -139,6 +139,7 @@ class DiffusersHost:
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
+        pipeline.vae.to(torch.float32)  # SDXL's overflows in half precision
         self.family = Family.SDXL if isinstance(pipeline, StableDiffusionXLPipeline) else Family.SD15
 
     @classmethod

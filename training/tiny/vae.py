@@ -22,13 +22,13 @@ from lib_layerdiffuse.images import compose
 from lib_layerdiffuse.tensors import Rgb, Rgba
 from training.data import open_source
 from training.tiny.models import make_vae
-from training.trainer import Settings, Trainer, parse, train
+from training.trainer import PictureSettings, Trainer, cropped, parse, train
 
 MEASURED = 512  # pictures, for the scaling factor
 
 
 @dataclass(frozen=True, kw_only=True)
-class VaeSettings(Settings):
+class VaeSettings(PictureSettings):
     """The options of this trainer."""
 
     divergence: float = 1e-7
@@ -56,7 +56,7 @@ class VaeTrainer(Trainer):
     dataset: Any
 
     def losses(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        rgb = over_colours(batch["rgba"])
+        rgb = over_colours(cropped(batch["rgba"], self.settings.crop))
         answer, divergence = self.net(rgb)
         losses = {
             "pixels": F.mse_loss(answer, rgb),
