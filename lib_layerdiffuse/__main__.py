@@ -81,15 +81,13 @@ def generate(arguments: argparse.Namespace) -> dict[str, Any]:
     pictures = []
     for index, together in enumerate(studio.run(request, job)):
         for made in together:
-            name = "-".join(
-                filter(None, [f"{job.seed + index * len(together):06}", made.layer.value if made.layer else ""])
-            )
-            made.image.save(folder / f"{name}.png")
-            pictures.append(
-                {"file": str(folder / f"{name}.png"), "layer": made.layer and made.layer.value, "picture": index}
-            )
+            layer = made.layer.value if made.layer else None
+            number = f"{job.seed + index * len(together):06}"
+            path = folder / (f"{number}-{layer}.png" if layer else f"{number}.png")
+            made.image.save(path)
+            pictures.append({"file": str(path), "layer": layer, "picture": index})
             if arguments.latents:
-                save_latent(folder / f"{name}.safetensors", made.latent)
+                save_latent(path.with_suffix(".safetensors"), made.latent)
     return {"files": [row["file"] for row in pictures], "pictures": pictures}
 
 
@@ -200,8 +198,7 @@ def parser() -> argparse.ArgumentParser:
         help="where weight files are, or are downloaded to",
     )
     model.add_argument("--device", help="cuda, cpu, mps …; default: cuda where there is one")
-    family = argparse.ArgumentParser(add_help=False)
-    family.add_argument(
+    model.add_argument(
         "--family", choices=[each.value for each in Family], default=Family.SD15.value, help="of the model"
     )
 
@@ -217,7 +214,26 @@ def parser() -> argparse.ArgumentParser:
         one.set_defaults(run=run)
         return one
 
-    making = command(generate, "make transparent pictures and layers", model, family)
+    add_generate(command(generate, "make transparent pictures and layers", model))
+    encoding = command(encode, "a picture with its transparency -> a latent", model)
+    encoding.add_argument("picture", type=Path)
+    encoding.add_argument("latent", type=Path)
+    decoding = command(decode, "a latent -> a picture with its transparency", model)
+    decoding.add_argument("latent", type=Path)
+    decoding.add_argument("picture", type=Path)
+    decoding.add_argument("--painted", type=Path, help="what the model's VAE shows of it; default: computed")
+    decoding.add_argument("--passes", type=int, default=8, choices=PASSES)
+    composing = command(compose, "a foreground over a background", common)
+    for name in ("foreground", "background", "blend"):
+        composing.add_argument(name, type=Path)
+    comparing = command(metrics, "how close transparent pictures come to others", common)
+    comparing.add_argument("truth", type=Path)
+    comparing.add_argument("result", type=Path)
+    comparing.add_argument("--lpips", action="store_true", help="needs the network at its first use")
+    return top
+
+
+def add_generate(making: argparse.ArgumentParser) -> None:
     making.add_argument("--prompt", required=True)
     making.add_argument("--negative", default="", help="what should not be seen")
     making.add_argument("--output", default="layerdiffuse", help="folder; default: %(default)s")
@@ -237,23 +253,6 @@ def parser() -> argparse.ArgumentParser:
     for name in FORM.names:
         if name not in NOT_HERE:
             making.add_argument(f"--{name.replace('_', '-')}", help=FORM.hint(name), **kind_of(name))
-
-    encoding = command(encode, "a picture with its transparency -> a latent", model, family)
-    encoding.add_argument("picture", type=Path)
-    encoding.add_argument("latent", type=Path)
-    decoding = command(decode, "a latent -> a picture with its transparency", model, family)
-    decoding.add_argument("latent", type=Path)
-    decoding.add_argument("picture", type=Path)
-    decoding.add_argument("--painted", type=Path, help="what the model's VAE shows of it; default: computed")
-    decoding.add_argument("--passes", type=int, default=8, choices=PASSES)
-    composing = command(compose, "a foreground over a background", common)
-    for name in ("foreground", "background", "blend"):
-        composing.add_argument(name, type=Path)
-    comparing = command(metrics, "how close transparent pictures come to others", common)
-    comparing.add_argument("truth", type=Path)
-    comparing.add_argument("result", type=Path)
-    comparing.add_argument("--lpips", action="store_true", help="needs the network at its first use")
-    return top
 
 
 def kind_of(name: str) -> dict[str, Any]:

@@ -21,11 +21,10 @@ from lib_layerdiffuse.nets.encoder import TransparentEncoder
 from lib_layerdiffuse.notes import sampler_for
 from lib_layerdiffuse.request import Request
 from lib_layerdiffuse.tensors import Latent, Rgb, Rgba
-from lib_layerdiffuse.vae import LATENT_STRIDE, TransparentVAE
+from lib_layerdiffuse.vae import LATENT_STRIDE, PASSES, TransparentVAE
 from lib_layerdiffuse.weights import read_tensors
 
-OPAQUE = "opaque"
-MOST_PASSES = 8
+MOST_PASSES = max(PASSES)
 
 
 @dataclass(frozen=True)
@@ -117,17 +116,18 @@ class Studio:
 
     def _step(self, request: Request | None, job: Job) -> list[list[Made]]:
         outputs: Sequence[Layer | None] = request.method.outputs if request else (None,)
+        layers = list(outputs) * job.count
         texts = [request.words_before(layer) if request and layer else "" for layer in outputs]
         prompts = [", ".join(filter(None, [text, job.prompt])) for text in texts] * job.count
         seeds = range(job.seed, job.seed + len(prompts))
         sampling = Sampling(
             prompts, seeds, job.negative, job.width, job.height, job.steps, job.cfg, job.sampler, job.strength
         )
-        start = self._start(job, list(outputs) * job.count) if job.inits else None
+        start = self._start(job, layers) if job.inits else None
         with self._injected(request, job):
             latents = self.host.vae_latent(self.host.sample(sampling, start))
         passes = (request.passes if request else 0) or MOST_PASSES
-        made = [self._made(latent[None], layer, passes) for latent, layer in zip(latents, list(outputs) * job.count)]
+        made = [self._made(latent[None], layer, passes) for latent, layer in zip(latents, layers)]
         return [made[i : i + len(outputs)] for i in range(0, len(made), len(outputs))]
 
     def _made(self, latent: Latent, layer: Layer | None, passes: int) -> Made:

@@ -184,21 +184,23 @@ MADE = {"scenes": transparent_scene, "pictures": opaque_picture}
 
 def shards(pattern: str, size: int) -> IterableDataset[Sample]:
     """In random order, without end, divided among workers and machines."""
-    import webdataset  # here: only large sets need it
-
-    samples = webdataset.WebDataset(pattern, resampled=True, shardshuffle=False, nodesplitter=webdataset.split_by_node)
-    return samples.shuffle(1000).decode("pilrgba").to_tuple("png", "txt").map(lambda pair: sample(*pair, size))
+    return parts_of_shards(pattern, "png", "txt").map(lambda pair: sample(*pair, size))
 
 
 def layered_shards(pattern: str, size: int) -> IterableDataset[LayeredSample]:
     """As `shards`."""
-    import webdataset
-
     names = [layer.value for layer in Layer]
     parts = [f"{name}.{kind}" for name in names for kind in ("png", "txt")]
 
     def layered(found: Sequence[Any]) -> LayeredSample:
         return {name: sample(*found[2 * i : 2 * i + 2], size) for i, name in enumerate(names)}
 
+    return parts_of_shards(pattern, *parts).map(layered)
+
+
+def parts_of_shards(pattern: str, *parts: str) -> Any:
+    """Of each sample what its files with these endings hold, pictures as RGBA."""
+    import webdataset  # here: only large sets need it
+
     samples = webdataset.WebDataset(pattern, resampled=True, shardshuffle=False, nodesplitter=webdataset.split_by_node)
-    return samples.shuffle(1000).decode("pilrgba").to_tuple(*parts).map(layered)
+    return samples.shuffle(1000).decode("pilrgba").to_tuple(*parts)

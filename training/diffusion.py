@@ -114,8 +114,15 @@ class DiffusionTrainer(Trainer):
         self.encoder = encoder
         self.noise = DDPMScheduler.from_config(pipeline.scheduler.config)
 
+    def kept(self, dataset: Dataset[Any]) -> Dataset[Any]:
+        """What is learnt from: the dataset, or its first samples encoded."""
+        return Kept(dataset, self.settings.keep, self.encoder, self.settings) if self.settings.keep else dataset
+
+    def encoded(self, batch: Any) -> Example:
+        return batch if "latents" in batch else self.encoder(batch)
+
     def losses(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        example = batch if "latents" in batch else self.encoder(batch)
+        example = self.encoded(batch)
         latents = example["latents"]
         timesteps = torch.randint(self.noise.config.num_train_timesteps, (len(latents),), device=latents.device)
         loss = F.mse_loss(*self.answer(example, timesteps)[:2])
@@ -137,7 +144,7 @@ class DiffusionTrainer(Trainer):
 
     def pictures(self, batch: Any) -> dict[str, Tensor]:
         """What it takes the first sample for, half-way from noise, through the frozen VAE: frames side by side."""
-        example = batch if "latents" in batch else self.encoder(batch)
+        example = self.encoded(batch)
         one: Example = {
             "latents": example["latents"][:1],
             "captions": [of_layer[:1] for of_layer in example["captions"]],

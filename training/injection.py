@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -35,14 +34,14 @@ from lib_layerdiffuse.nets.attention_sharing import (
     AttentionSharingUnit,
     ControlEncoder,
     attend,
+    control_tokens,
 )
-from lib_layerdiffuse.nets.encoder import TransparentEncoder
 from lib_layerdiffuse.patches import Key
 from lib_layerdiffuse.tensors import Rgb, StateDict, Tokens
-from lib_layerdiffuse.vae import TransparentVAE
 from training import diffusion
 from training.data import OneLayer, open_layers, open_source
-from training.diffusion import DiffusionSettings, DiffusionTrainer, Encoder, Kept
+from training.diffusion import DiffusionSettings, DiffusionTrainer, Encoder
+from training.harm import load_pair
 from training.trainer import parse, save_halves, train
 
 CONTROL_WIDTHS = (3, 32, 32, 64, 64, 128, 128, 256)  # of the control encoder; its last ones are those of the signal
@@ -212,11 +211,7 @@ class LearningAttention:
     def _control(self, h: Tokens) -> Tokens | float:
         if not self._net().signals:
             return 0.0
-        signal = self._net().signals[self._level]
-        of_frames = [convolutions(signal) for convolutions in self._unit.control_convs]
-        return (
-            torch.stack(of_frames, dim=1).flatten(3).transpose(2, 3).flatten(0, 1)
-        )  # [b, f, C, h, w] -> [(b f), N, C]
+        return control_tokens(self._unit.control_convs, self._net().signals[self._level])
 
 
 KINDS: Mapping[str, Any] = {
@@ -253,29 +248,22 @@ def make(settings: InjectionSettings, accelerator: Accelerator) -> tuple[Injecti
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).to(accelerator.device)
-    encoder = Encoder(pipeline, open_encoder(settings.encoder, accelerator), method.inputs, method.outputs)
+    pair = load_pair(Path(settings.encoder), None, str(accelerator.device)) if settings.encoder else None
+    encoder = Encoder(pipeline, pair, method.inputs, method.outputs)
     alone = (*method.inputs, *method.outputs) == (Layer.FG,)
     dataset: Any = (
         OneLayer(open_source(settings.data, settings.size), Layer.FG)
         if alone
         else open_layers(settings.data, settings.size)
     )
-    if settings.keep:
-        dataset = Kept(dataset, settings.keep, encoder, settings)
     net = KINDS[method.key](pipeline.unet, settings, method).train()
     for weight in net.parameters():
         if not weight.requires_grad:
             weight.data = weight.data.to(PRECISIONS[settings.precision])
     if settings.checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
-    return InjectionTrainer(settings, accelerator, net.to(accelerator.device), pipeline, encoder), dataset
-
-
-def open_encoder(file: str, accelerator: Accelerator) -> TransparentVAE | None:
-    if not file:
-        return None
-    tensors = {key: value.float() for key, value in load_file(file, str(accelerator.device)).items()}
-    return TransparentVAE(nn.Identity(), TransparentEncoder.from_state_dict(tensors))
+    trainer = InjectionTrainer(settings, accelerator, net.to(accelerator.device), pipeline, encoder)
+    return trainer, trainer.kept(dataset)
 
 
 if __name__ == "__main__":

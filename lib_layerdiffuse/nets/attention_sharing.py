@@ -87,6 +87,12 @@ def frames_last(x: Tokens, frames: int) -> Tokens:
     return frames_first(x, len(x) // frames)
 
 
+def control_tokens(convolutions: nn.ModuleList, signal: Tensor) -> Tokens:
+    """What each frame's convolutions make of a control signal [b, S, h, w]: [(b f), h·w, C]."""
+    frames = [convolve(signal, layers) for layers in convolutions]  # type: ignore[arg-type]
+    return torch.stack(frames, dim=1).flatten(3).transpose(2, 3).flatten(0, 1)  # [b, f, C, h, w] -> [(b f), N, C]
+
+
 class LowRank(nn.Module):
     """up · down, without a scale of its own."""
 
@@ -307,8 +313,7 @@ class FoldedUnit(nn.Module):
 
     def control(self, signal: Tensor) -> Tokens:
         """What a control signal [b, S, h, w] adds to the layer's hidden states: [(b f), h·w, C]."""
-        frames = [convolve(signal, layers) for layers in self.control_convs]  # type: ignore[arg-type]
-        return torch.stack(frames, dim=1).flatten(3).transpose(2, 3).flatten(0, 1)  # [b, f, C, h, w] -> [(b f), N, C]
+        return control_tokens(self.control_convs, signal)
 
     def share(self, x: Tokens, heads: int) -> Tokens:
         """Attention between the frames, [(f b), N, C] -> the same."""

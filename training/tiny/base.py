@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from lib_layerdiffuse.methods import Family, Layer
 from training import diffusion
 from training.data import OneLayer, open_source
-from training.diffusion import DiffusionSettings, DiffusionTrainer, Encoder, Kept
+from training.diffusion import DiffusionSettings, DiffusionTrainer, Encoder
 from training.tiny.models import MAKERS
 from training.trainer import parse, train
 from training.transparent_vae import load_vae
@@ -59,10 +59,8 @@ class BaseTrainer(DiffusionTrainer):
 def make(settings: BaseSettings, accelerator: Accelerator) -> tuple[BaseTrainer, Dataset[Any]]:
     pipeline = MAKERS[Family(settings.family)](load_vae(settings.vae)).to(accelerator.device)
     encoder = Encoder(pipeline, None, (), (Layer.BLEND,))
-    dataset: Any = OneLayer(open_source(settings.data, settings.size), Layer.BLEND)
-    if settings.keep:
-        dataset = Kept(dataset, settings.keep, encoder, settings)
-    return BaseTrainer(settings, accelerator, Base(pipeline), pipeline, encoder), dataset
+    trainer = BaseTrainer(settings, accelerator, Base(pipeline), pipeline, encoder)
+    return trainer, trainer.kept(OneLayer(open_source(settings.data, settings.size), Layer.BLEND))
 
 
 if __name__ == "__main__":
