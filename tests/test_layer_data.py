@@ -11,7 +11,7 @@ from PIL import Image
 from lib_layerdiffuse.images import over
 from lib_layerdiffuse.methods import Family
 from training.data import open_layers
-from training.layer_data import Settings, build, rows_of
+from training.layer_data import Builder, Settings, build, rows_of
 from training.scenes import write
 from training.tiny.models import MAKERS, make_vae
 
@@ -43,6 +43,19 @@ def test_three_layers_that_belong_together(chosen, tmp_path):
             assert (np.asarray(background)[hidden] != np.asarray(foreground.convert("RGB"))[hidden]).any()
     assert (out / "000001.bg.txt").read_text() == "a striped background\n"
     assert (out / "000001.blend.txt").read_text().endswith(", a striped background\n")
+
+
+def test_nothing_of_the_foreground_is_left_at_its_edge(chosen, tmp_path, monkeypatch):
+    masks = []
+    monkeypatch.setattr(Builder, "_paint", lambda self, prompt, picture, mask: masks.append(mask) or picture)
+    build(chosen, cluster=None)
+    seen = np.asarray(Image.open(tmp_path / "data" / "000000.png").getchannel("A")) > 0
+    hidden = np.asarray(masks[1]) == 255
+    assert hidden[seen].all()
+    for shift in (-4, 4):
+        assert hidden[np.roll(seen, shift, axis=0)].all()
+        assert hidden[np.roll(seen, shift, axis=1)].all()
+    assert not hidden.all()
 
 
 def test_what_is_there_is_not_made_again(chosen, tmp_path):

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lib_layerdiffuse import __main__ as program
+from lib_layerdiffuse.hosts.diffusers import DiffusersHost
 from lib_layerdiffuse.images import from_pil, over
 from lib_layerdiffuse.methods import DECODERS, ENCODERS, METHODS, Family, Layer, find_method
 from lib_layerdiffuse.nets.decoder import TransparentDecoder
@@ -21,6 +22,7 @@ from training.tiny.models import MAKERS, make_vae
 from training.trainer import save_halves
 
 SIZE = 64
+SCALING = 0.5
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def world(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("world")
     vae = make_vae()
-    vae.register_to_config(scaling_factor=0.5)
+    vae.register_to_config(scaling_factor=SCALING)
     vae.save_pretrained(folder / "vae")
     for family, make in MAKERS.items():
         pipeline = make(vae)
@@ -131,6 +133,17 @@ def test_img2img_keeps_what_a_low_strength_leaves(run, given):
     [other] = generate(run, *chosen, "--strength", 1)
     far = load_file(other["file"].replace(".png", ".safetensors"))["latent"]
     assert (latent - start).abs().mean() < (far - start).abs().mean()
+
+
+def test_transparency_goes_into_the_starts_of_foregrounds_only(run, given, monkeypatch):
+    starts = []
+    monkeypatch.setattr(DiffusersHost, "sample", lambda self, sampling, start: starts.append(start) or start)
+    generate(run, "--method", "sd15_joint", "--weight", 0, "--init", given[Layer.FG])
+    run("encode", given[Layer.FG], "start.safetensors", "--family", "sd15")
+    foreground, background, blend = starts[0]
+    torch.testing.assert_close(foreground, SCALING * load_file("start.safetensors")["latent"][0])
+    assert torch.equal(background, blend)
+    assert not torch.allclose(foreground, background)
 
 
 def test_decoding_a_saved_latent_gives_the_same_picture(run):

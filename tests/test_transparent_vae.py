@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from lib_layerdiffuse.images import pad_colors
+from lib_layerdiffuse.images import GREY, compose, pad_colors
 from lib_layerdiffuse.nets.decoder import TransparentDecoder
 from lib_layerdiffuse.nets.encoder import TransparentEncoder
 from lib_layerdiffuse.vae import TransparentVAE
@@ -111,6 +111,27 @@ def test_the_offset_in_training_is_that_of_the_extension(model):
     posterior = vae.encode(2 * grey - 1).latent_dist
     offset = TransparentVAE(pair.decoder, pair.encoder).encode(rgba())
     torch.testing.assert_close(latents[0], posterior.mean + posterior.std * offset)
+
+
+def test_some_opaque_pictures_are_as_the_model_paints_them(model):
+    """Without an offset; what is transparent anywhere always has one."""
+    torch.manual_seed(5)
+    vae = load_vae(str(model))
+    pair = TransparentPair(vae, ENCODER, DECODER)
+    torch.nn.init.normal_(pair.encoder.blocks[-1].weight, std=1e-2)
+    latents = []
+    pair.decoder.register_forward_pre_hook(lambda _, inputs: latents.append(inputs[1]))
+    opaque = rgba(1).repeat(16, 1, 1, 1)
+    opaque[:, 3] = 1
+    nearly = opaque.clone()
+    nearly[:, 3, 5, 5] = 0.5
+    for pictures in (opaque, nearly):
+        pair(pictures)
+    painted = vae.encode(2 * opaque[:1, :3] - 1).latent_dist.mean
+    without = [torch.allclose(latent, painted[0], atol=1e-5) for latent in latents[0]]
+    assert 2 <= sum(without) <= 14
+    of_nearly = vae.encode(2 * compose(nearly[:1], GREY) - 1).latent_dist.mean
+    assert not any(torch.allclose(latent, of_nearly[0], atol=1e-5) for latent in latents[1])
 
 
 def test_it_learns(model):
