@@ -18,7 +18,8 @@ from lib_layerdiffuse.methods import Family, Layer, find_method
 from lib_layerdiffuse.nets.encoder import TransparentEncoder
 from lib_layerdiffuse.vae import TransparentVAE
 from training import injection
-from training.diffusion import Encoder, Kept, read_prompts
+from training.data import open_source
+from training.diffusion import Encoder, read_prompts
 from training.injection import InjectionSettings
 from training.tiny import base
 from training.tiny import vae as tiny_vae
@@ -26,7 +27,7 @@ from training.tiny.__main__ import STAGES
 from training.tiny.base import BaseSettings
 from training.tiny.models import MAKERS, make_vae
 from training.tiny.vae import VaeSettings
-from training.trainer import cropped, parse, save_halves, train
+from training.trainer import Kept, cropped, parse, save_halves, train
 
 SIZE = 64
 FEW = {"size": SIZE, "batch": 2, "steps": 2, "workers": 0, "save_every": 1}
@@ -181,14 +182,24 @@ def test_frames_share_a_timestep_and_have_captions_of_their_own(models, tmp_path
 def test_kept_samples_are_those_of_the_source(models, tmp_path):
     pipeline = MAKERS[find_method("sd15_joint").family](make_vae())
     encoder = Encoder(pipeline, None, (Layer.FG,), (Layer.BG, Layer.BLEND))
-    chosen = settings(models, tmp_path, "sd15_fg2bg")
-    dataset = injection.open_layers("scenes:3", SIZE)
-    kept = Kept(dataset, 3, encoder, chosen)
-    assert len(kept) == 3
-    alone = encoder(torch.utils.data.default_collate([dataset[2]]))
-    assert kept[2]["captions"] == [caption for [caption] in alone["captions"]]
-    for name in ("latents", "condition"):
-        torch.testing.assert_close(kept[2][name], alone[name][0], rtol=1e-4, atol=1e-5)
+    dataset = torch.utils.data.Subset(injection.open_layers("scenes:3", SIZE), range(3))
+    kept = Kept(dataset, settings(models, tmp_path, "sd15_fg2bg", keep=3), encoder)
+    by_captions = {tuple(each["captions"]): each for each in kept}
+    assert len(kept) == len(by_captions) == 3
+    for sample in dataset:
+        alone = encoder(torch.utils.data.default_collate([sample]))
+        found = by_captions[tuple(caption for [caption] in alone["captions"])]
+        for name in ("latents", "condition"):
+            torch.testing.assert_close(found[name], alone[name][0], rtol=1e-4, atol=1e-5)
+
+
+def test_kept_pictures_come_in_a_random_order_from_every_part_of_a_source(tmp_path):
+    torch.manual_seed(0)
+    chosen = VaeSettings(data="", output="", **(FEW | {"keep": 12}))
+    kept = Kept(open_source("scenes:1+pictures:1", 16), chosen, lambda batch: batch)
+    assert len({sample["caption"] for sample in kept}) > 6
+    opaque = sum(bool(sample["rgba"][3].all()) for sample in kept)
+    assert 0 < opaque < 12
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])

@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from lib_layerdiffuse.images import GREY, compose, pad_colors
 from lib_layerdiffuse.nets.decoder import TransparentDecoder
 from lib_layerdiffuse.nets.encoder import TransparentEncoder
-from lib_layerdiffuse.vae import TransparentVAE
+from lib_layerdiffuse.vae import ORIENTATIONS, TransparentVAE
 from training.harm import measure
 from training.scenes import scene
 from training.trainer import parse
 from training.trainer import train as run
-from training.transparent_vae import HELP, PairSettings, TransparentPair, load_vae, make, patch_gan
+from training.transparent_vae import HELP, PairSettings, TransparentPair, load_vae, make, patch_gan, there_and_back
 
 SIZE = 64
 ENCODER = (8,) * 8
@@ -110,7 +110,42 @@ def test_the_offset_in_training_is_that_of_the_extension(model):
     _, _, grey, _ = pair(rgba())
     posterior = vae.encode(2 * grey - 1).latent_dist
     offset = TransparentVAE(pair.decoder, pair.encoder).encode(rgba())
-    torch.testing.assert_close(latents[0], posterior.mean + posterior.std * offset)
+    expected = posterior.mean + posterior.std * offset
+    assert is_turned(latents[0], expected)
+
+
+def is_turned(found, expected):
+    """In any of the orientations in which the decoder may be asked."""
+    return any(torch.allclose(each.undo(found), expected, atol=1e-5) for each in ORIENTATIONS)
+
+
+def test_the_decoder_is_asked_in_every_orientation(model):
+    """And what it answers is turned back, as when it decodes."""
+    torch.manual_seed(3)
+    pair = TransparentPair(load_vae(str(model)), ENCODER, DECODER)
+    seen, given = set(), pair(rgba(1))[3]
+    pair.decoder.forward = lambda rgb, latent: torch.cat([rgb[:, :1], rgb], dim=1)
+    pair.decoder.register_forward_pre_hook(
+        lambda _, inputs: seen.update(
+            i for i, each in enumerate(ORIENTATIONS) if torch.equal(inputs[0], each.apply(given))
+        )
+    )
+    for _ in range(40):
+        _, answer, _, shown = pair(rgba(1))
+        assert torch.equal(answer[:, 1:], shown)
+    assert seen == set(range(8))
+
+
+def test_the_decoder_sees_latents_with_noise(model):
+    """As large as asked in sampler space, in what it is told and in what the VAE shows of it."""
+    torch.manual_seed(4)
+    vae = load_vae(str(model))
+    given = rgba().repeat(4, 1, 1, 1)[:, :3]
+    plain, exact = there_and_back(vae, given)
+    shown, noisy = there_and_back(vae, given, noise=0.3)
+    assert (noisy - exact).std().item() * vae.config.scaling_factor == pytest.approx(0.3, rel=0.05)
+    torch.testing.assert_close(shown, vae.decode(noisy).sample / 2 + 0.5)
+    assert not torch.allclose(shown, plain, atol=1e-3)
 
 
 def test_some_opaque_pictures_are_as_the_model_paints_them(model):
@@ -128,10 +163,10 @@ def test_some_opaque_pictures_are_as_the_model_paints_them(model):
     for pictures in (opaque, nearly):
         pair(pictures)
     painted = vae.encode(2 * opaque[:1, :3] - 1).latent_dist.mean
-    without = [torch.allclose(latent, painted[0], atol=1e-5) for latent in latents[0]]
+    without = [is_turned(latent[None], painted) for latent in latents[0]]
     assert 2 <= sum(without) <= 14
     of_nearly = vae.encode(2 * compose(nearly[:1], GREY) - 1).latent_dist.mean
-    assert not any(torch.allclose(latent, of_nearly[0], atol=1e-5) for latent in latents[1])
+    assert not any(is_turned(latent[None], of_nearly) for latent in latents[1])
 
 
 def test_it_learns(model):

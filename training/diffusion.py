@@ -11,8 +11,6 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm import tqdm
 
 from lib_layerdiffuse.images import GREY, compose
 from lib_layerdiffuse.methods import Layer
@@ -28,12 +26,10 @@ class DiffusionSettings(Settings):
     """The options of trainers of UNets."""
 
     unconditional: float = 0.1
-    keep: int = 0
 
 
 HELP = {
     "unconditional": "share of the samples whose captions are left out, for CFG",
-    "keep": "encode so many samples once and train on these latents; 0: encode every sample when it comes",
 }
 
 
@@ -74,33 +70,6 @@ class Encoder:
         return (posterior.mean + offset).float() * self.vae.config.scaling_factor
 
 
-class Kept(Dataset[Example]):
-    """The first samples of a dataset, encoded."""
-
-    workers = 0  # of a loader: there is nothing left to do
-
-    def __init__(self, dataset: Dataset[Any], count: int, encoder: Encoder, settings: Settings) -> None:
-        loader = DataLoader(Subset(dataset, range(count)), settings.batch, num_workers=settings.workers)
-        self.examples = [on_cpu(encoder(batch)) for batch in tqdm(loader, "encoding")]
-        self.places = [(i, j) for i, each in enumerate(self.examples) for j in range(len(each["latents"]))]
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: int) -> Example:
-        i, j = self.places[index]
-        example = self.examples[i]
-        return {
-            "latents": example["latents"][j],
-            "captions": [of_layer[j] for of_layer in example["captions"]],
-            "condition": example["condition"][j],
-        }
-
-
-def on_cpu(example: Example) -> Example:
-    return {**example, "latents": example["latents"].cpu(), "condition": example["condition"].cpu()}
-
-
 class DiffusionTrainer(Trainer):
     """net: (noisy, timesteps, context, added, condition) -> the UNet's answer, for rows [(b f), …]."""
 
@@ -114,15 +83,11 @@ class DiffusionTrainer(Trainer):
         self.encoder = encoder
         self.noise = DDPMScheduler.from_config(pipeline.scheduler.config)
 
-    def kept(self, dataset: Dataset[Any]) -> Dataset[Any]:
-        """What is learnt from: the dataset, or its first samples encoded."""
-        return Kept(dataset, self.settings.keep, self.encoder, self.settings) if self.settings.keep else dataset
-
-    def encoded(self, batch: Any) -> Example:
+    def prepare(self, batch: Any) -> Example:
         return batch if "latents" in batch else self.encoder(batch)
 
     def losses(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        example = self.encoded(batch)
+        example = self.prepare(batch)
         latents = example["latents"]
         timesteps = torch.randint(self.noise.config.num_train_timesteps, (len(latents),), device=latents.device)
         loss = F.mse_loss(*self.answer(example, timesteps)[:2])
@@ -144,7 +109,7 @@ class DiffusionTrainer(Trainer):
 
     def pictures(self, batch: Any) -> dict[str, Tensor]:
         """What it takes the first sample for, half-way from noise, through the frozen VAE: frames side by side."""
-        example = self.encoded(batch)
+        example = self.prepare(batch)
         one: Example = {
             "latents": example["latents"][:1],
             "captions": [of_layer[:1] for of_layer in example["captions"]],

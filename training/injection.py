@@ -263,7 +263,7 @@ def make(settings: InjectionSettings, accelerator: Accelerator) -> tuple[Injecti
     if settings.checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
     trainer = InjectionTrainer(settings, accelerator, net.to(accelerator.device), pipeline, encoder)
-    return trainer, trainer.kept(dataset)
+    return trainer, dataset
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -18,6 +20,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 LEARNT = "learnt.safetensors"  # in a state's folder: the weights that change
 
@@ -42,6 +45,7 @@ class Settings:
     ema: float = 0.999
     save_every: int = 1_000
     workers: int = 2
+    keep: int = 0
     seed: int = 0
 
 
@@ -64,6 +68,7 @@ HELP = {
     "checkpointing": "less memory for more time",
     "ema": "how much of the averaged weights stays in each step",
     "save_every": "steps between two states to go on from",
+    "keep": "prepare so many samples once, in memory, and learn from these; 0: prepare every sample when it comes",
 }
 
 S = TypeVar("S", bound=Settings)
@@ -110,6 +115,10 @@ class Trainer(ABC):
     @abstractmethod
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """What to descend, and what to show of it."""
+
+    def prepare(self, batch: Batch) -> Batch:
+        """What can be done once where samples are kept; what `losses` takes."""
+        return batch
 
     @abstractmethod
     def export(self, folder: Path) -> None:
@@ -205,12 +214,42 @@ def save_learnt_only(accelerator: Accelerator) -> None:
     accelerator.register_load_state_pre_hook(load)
 
 
-def batches(settings: Settings, accelerator: Accelerator, dataset: Dataset[Any]) -> Iterator[Batch]:
-    """Without end, in an order of their own in every round."""
+def loader_of(settings: Settings, dataset: Dataset[Any]) -> DataLoader[Any]:
+    """In random order; shards have one of their own."""
     has_length = hasattr(dataset, "__len__")
     workers = getattr(dataset, "workers", settings.workers)
-    loader = DataLoader(dataset, settings.batch, shuffle=has_length, num_workers=workers, drop_last=has_length)
-    loader = accelerator.prepare(loader)
+    return DataLoader(dataset, settings.batch, shuffle=has_length, num_workers=workers)
+
+
+class Kept(Dataset[Any]):
+    """So many random samples of a dataset, prepared."""
+
+    workers = 0  # of a loader: there is nothing left to do
+
+    def __init__(self, dataset: Dataset[Any], settings: Settings, prepare: Callable[[Batch], Batch]) -> None:
+        count = math.ceil(settings.keep / settings.batch)
+        found = tqdm(islice(loader_of(settings, dataset), count), "preparing", count)
+        self.samples = [sample for batch in found for sample in samples(prepare(batch))]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.samples[index]
+
+
+def samples(batch: Batch) -> list[Any]:
+    """What torch's default_collate made a batch of; tensors on the processor, in memory of their own."""
+    if isinstance(batch, Tensor):
+        return [row.cpu().clone() for row in batch]
+    if isinstance(batch, dict):
+        return [dict(zip(batch, row)) for row in zip(*map(samples, batch.values()))]
+    return list(batch) if isinstance(batch[0], str) else [list(row) for row in zip(*map(samples, batch))]
+
+
+def batches(settings: Settings, accelerator: Accelerator, dataset: Dataset[Any]) -> Iterator[Batch]:
+    """Without end, in an order of their own in every round."""
+    loader = accelerator.prepare(loader_of(settings, dataset))
     while True:
         yield from loader
 
@@ -225,6 +264,8 @@ def train(settings: S, make: Callable[[S, Accelerator], tuple[Trainer, Dataset[A
     )
     set_seed(settings.seed, device_specific=True)
     trainer, dataset = make(settings, accelerator)
+    if settings.keep:
+        dataset = Kept(dataset, settings, trainer.prepare)
     save_learnt_only(accelerator)
     state = Path(settings.output) / "state"
     if state.exists():

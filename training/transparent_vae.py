@@ -33,7 +33,7 @@ from lib_layerdiffuse.images import GREY, checkerboard, compose, padded_argb
 from lib_layerdiffuse.nets.decoder import ResNet, SelfAttention, TransparentDecoder
 from lib_layerdiffuse.nets.encoder import TransparentEncoder
 from lib_layerdiffuse.tensors import Argb, Latent, Rgb, Rgba
-from lib_layerdiffuse.vae import OFFSET_SCALE
+from lib_layerdiffuse.vae import OFFSET_SCALE, ORIENTATIONS
 from training.data import Sample, open_source
 from training.trainer import PictureSettings, Trainer, cropped, parse, save_halves, train
 
@@ -48,6 +48,7 @@ class PairSettings(PictureSettings):
     """The options of this trainer."""
 
     vae: str
+    noise: float = 0.0
     identity: float = 1.0
     adversarial: float = 0.01
     adversarial_from: int = 5_000
@@ -57,6 +58,7 @@ class PairSettings(PictureSettings):
 
 HELP = {
     "vae": "a diffusers folder, a single file or a hub name",
+    "noise": "added to the latents that the decoder sees, a diffusion model's never being exact; they have deviation 1",
     "identity": "weight of what the frozen decoder notices; reconstruction has 1",
     "adversarial": "weight of what the PatchGAN finds wrong",
     "adversarial_from": "the step from which the PatchGAN counts",
@@ -78,23 +80,34 @@ def load_vae(model: str) -> AutoencoderKL:
     return vae.requires_grad_(False).eval()
 
 
-def there_and_back(vae: AutoencoderKL, grey: Rgb, offset: Latent | float = 0.0) -> tuple[Rgb, Latent]:
-    """What the VAE shows of a picture whose latent is offset, in deviations of its posterior; and that latent."""
+def there_and_back(
+    vae: AutoencoderKL, grey: Rgb, offset: Latent | float = 0.0, noise: float = 0.0
+) -> tuple[Rgb, Latent]:
+    """What the VAE shows of a picture whose latent is offset, in deviations of its posterior; and that latent.
+
+    noise: its deviation, in sampler space.
+    """
     with torch.no_grad():
         posterior = vae.encode(2 * grey - 1).latent_dist
     latent = posterior.mean + posterior.std * offset
+    latent = latent + noise / vae.config.scaling_factor * torch.randn_like(latent)
     return vae.decode(latent).sample / 2 + 0.5, latent
 
 
 class TransparentPair(nn.Module):
     """Encoder and decoder; the VAE between them is not part of it."""
 
-    def __init__(self, vae: AutoencoderKL, encoder_widths: Sequence[int], decoder_widths: Sequence[int]) -> None:
+    def __init__(
+        self, vae: AutoencoderKL, encoder_widths: Sequence[int], decoder_widths: Sequence[int], noise: float = 0.0
+    ) -> None:
         super().__init__()
         channels = vae.config.latent_channels
         attends = [level >= len(decoder_widths) - ATTENDING for level in range(len(decoder_widths))]
         self.encoder = TransparentEncoder([4, *encoder_widths, channels])
         self.decoder = TransparentDecoder(decoder_widths, 2, attends, 3, channels, 4)
+        self.noise = noise
+        for layer in self.encoder.blocks[::2]:  # no norm is between them: with torch's own, nothing arrives at the end
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         last = self.encoder.blocks[-1]
         nn.init.zeros_(last.weight)  # at first, the latent is that of the picture over grey
         nn.init.zeros_(last.bias)
@@ -111,8 +124,9 @@ class TransparentPair(nn.Module):
         opaque = (rgba[:, 3:] == 1).all(dim=3, keepdim=True).all(dim=2, keepdim=True)
         as_painted = opaque & (torch.rand_like(opaque, dtype=rgba.dtype) < AS_PAINTED)
         offset = OFFSET_SCALE * self.encoder(truth).masked_fill(as_painted, 0)
-        seen, latent = there_and_back(self.vae, grey, offset)
-        return truth, self.decoder(seen, latent), grey, seen
+        seen, latent = there_and_back(self.vae, grey, offset, self.noise)
+        turned = ORIENTATIONS[torch.randint(len(ORIENTATIONS), ())]  # one of those in which it is going to be asked
+        return truth, turned.undo(self.decoder(turned.apply(seen), turned.apply(latent))), grey, seen
 
     def checkpointed(self) -> None:
         """From now on, activations within the parts of blocks are computed a second time rather than kept."""
@@ -186,7 +200,7 @@ class PairTrainer(Trainer):
 
 def make(settings: PairSettings, accelerator: Accelerator) -> tuple[PairTrainer, Dataset[Sample]]:
     vae = load_vae(settings.vae).to(accelerator.device)
-    pair = TransparentPair(vae, settings.encoder_widths, settings.decoder_widths)
+    pair = TransparentPair(vae, settings.encoder_widths, settings.decoder_widths, settings.noise)
     if settings.checkpointing:
         pair.checkpointed()
     return PairTrainer(settings, accelerator, pair), open_source(settings.data, settings.size)

@@ -50,7 +50,7 @@ class Stage:
 def base(family: Family, seed: int) -> Stage:
     options = {"family": family.value, "vae": "{work}/vae", "data": f"pictures:{seed}", "seed": seed}
     return Stage(
-        family.value, "training.tiny.base", options | {"batch": 32, "rate": 1e-3, "steps": 8000, "keep": 12000}
+        family.value, "training.tiny.base", options | {"batch": 32, "rate": 1e-3, "steps": 6000, "keep": 12_000}
     )
 
 
@@ -59,14 +59,22 @@ def injection(key: str, seed: int, **more: object) -> Stage:
     options = {"model": f"{{work}}/{method.family.value}", "method": key, "data": f"scenes:{seed}", "seed": seed}
     if method.makes_foreground:
         options["encoder"] = f"{{work}}/pair/{PAIR['encoder']}"
-    return Stage(key, "training.injection", options | {"batch": 16, "rate": 1e-3, "steps": 3000, "keep": 4000} | more)
+    return Stage(key, "training.injection", options | {"batch": 16, "rate": 1e-3, "steps": 1000, "keep": 4000} | more)
 
 
 STAGES = (
     Stage(
         "vae",
         "training.tiny.vae",
-        {"data": "scenes:1+pictures:1", "batch": 8, "rate": 2e-3, "steps": 12_000, "ema": 0.995},
+        {
+            "data": "scenes:1+pictures:1",
+            "crop": 64,
+            "batch": 8,
+            "rate": 2e-3,
+            "steps": 10_000,
+            "ema": 0.995,
+            "keep": 6000,
+        },
     ),
     Stage(
         "pair",
@@ -74,10 +82,13 @@ STAGES = (
         {
             "vae": "{work}/vae",
             "data": "scenes:2+scenes:3+pictures:2",
-            "batch": 4,
+            "crop": 64,
+            "batch": 8,
             "rate": 1e-3,
-            "steps": 5000,
+            "steps": 8000,
             "ema": 0.995,
+            "keep": 6000,
+            "noise": 0.05,
             "adversarial_from": 1_000_000,  # a PatchGAN has nothing to say about flat shapes
             "encoder_widths": (16, 16, 32, 32, 64, 64, 64, 64),
             "decoder_widths": (16, 16, 32, 32, 48, 64, 64),

@@ -58,9 +58,11 @@ class BaseTrainer(DiffusionTrainer):
 
 def make(settings: BaseSettings, accelerator: Accelerator) -> tuple[BaseTrainer, Dataset[Any]]:
     pipeline = MAKERS[Family(settings.family)](load_vae(settings.vae)).to(accelerator.device)
+    if settings.checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
     encoder = Encoder(pipeline, None, (), (Layer.BLEND,))
     trainer = BaseTrainer(settings, accelerator, Base(pipeline), pipeline, encoder)
-    return trainer, trainer.kept(OneLayer(open_source(settings.data, settings.size), Layer.BLEND))
+    return trainer, OneLayer(open_source(settings.data, settings.size), Layer.BLEND)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ diffusers folder; its scaling factor brings latents to a deviation of 1, as thos
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset
 
 from lib_layerdiffuse.images import compose
 from lib_layerdiffuse.tensors import Rgb, Rgba
 from training.data import open_source
 from training.tiny.models import make_vae
-from training.trainer import PictureSettings, Trainer, cropped, parse, train
+from training.trainer import PictureSettings, Trainer, cropped, loader_of, parse, train
 
-MEASURED = 512  # pictures, for the scaling factor
+MEASURED = 64  # batches, for the scaling factor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +75,7 @@ class VaeTrainer(Trainer):
 
     def export(self, folder: Path) -> None:
         vae = self.plain.vae
-        spread = range(0, len(self.dataset), max(1, len(self.dataset) // MEASURED))
-        batches = DataLoader(Subset(self.dataset, spread), self.settings.batch)
+        batches = islice(loader_of(self.settings, self.dataset), MEASURED)
         latents = [vae.encode(2 * over_colours(batch["rgba"]).to(vae.device) - 1).latent_dist.mean for batch in batches]
         vae.register_to_config(scaling_factor=round(1 / torch.cat(latents).std().item(), 5))
         vae.half().save_pretrained(folder)
@@ -89,7 +89,10 @@ def over_colours(rgba: Rgba) -> Rgb:
 
 
 def make(settings: VaeSettings, accelerator: Accelerator) -> tuple[VaeTrainer, Dataset[Any]]:
-    trainer = VaeTrainer(settings, accelerator, ThereAndBack())
+    net = ThereAndBack()
+    if settings.checkpointing:
+        net.vae.enable_gradient_checkpointing()
+    trainer = VaeTrainer(settings, accelerator, net)
     trainer.dataset = open_source(settings.data, settings.size)
     return trainer, trainer.dataset
 
