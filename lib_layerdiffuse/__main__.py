@@ -40,7 +40,7 @@ def main(words: Sequence[str] | None = None) -> None:
     except (LayerDiffuseError, OSError, ValueError) as error:
         sys.exit(str(error))
     except ImportError as error:
-        sys.exit(f"{error}. This command needs what training/requirements.txt lists: pip install -r it.")
+        sys.exit(f"{error}. Install what this command needs: pip install -r examples/requirements.txt")
     if arguments.json:
         sys.stdout.write(json.dumps(found, indent=1) + "\n")
     else:

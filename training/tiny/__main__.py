@@ -88,7 +88,8 @@ STAGES = (
             "steps": 8000,
             "ema": 0.995,
             "keep": 6000,
-            "noise": 0.05,
+            "noise": 0.03,
+            "identity": 10.0,  # latents of so small a VAE have no room that nobody sees
             "adversarial_from": 1_000_000,  # a PatchGAN has nothing to say about flat shapes
             "encoder_widths": (16, 16, 32, 32, 64, 64, 64, 64),
             "decoder_widths": (16, 16, 32, 32, 48, 64, 64),

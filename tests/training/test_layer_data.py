@@ -1,11 +1,8 @@
 """Layered data from foregrounds, by an inpainting model with random weights."""
 
+import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("peft", reason="training has an environment of its own, as new as this one's newest")
-
-import numpy as np
 from PIL import Image
 
 from lib_layerdiffuse.images import over

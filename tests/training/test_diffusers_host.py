@@ -4,9 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-
-pytest.importorskip("peft", reason="training has an environment of its own, as new as this one's newest")
-
 from accelerate.state import AcceleratorState
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 

@@ -2,12 +2,9 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("peft", reason="training has an environment of its own, as new as this one's newest")
-
-import numpy as np
 from PIL import Image
 from safetensors.torch import load_file
 

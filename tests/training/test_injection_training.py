@@ -5,9 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-pytest.importorskip("peft", reason="training has an environment of its own, as new as this one's newest")
-
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file

@@ -9,8 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-pytest.importorskip("torchmetrics", reason="training has an environment of its own, as new as this one's newest")
-
 from lib_layerdiffuse.metrics import BACKGROUNDS, MOST_DB, compare, compare_folders, slope
 
 

@@ -6,9 +6,6 @@ import sys
 
 import pytest
 import torch
-
-pytest.importorskip("torchmetrics", reason="training has an environment of its own, as new as this one's newest")
-
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file

@@ -7,9 +7,6 @@ import tarfile
 import pytest
 import torch
 from PIL import Image
-
-pytest.importorskip("torchmetrics", reason="training has an environment of its own, as new as this one's newest")
-
 from torch.utils.data import DataLoader
 
 from training.data import open_layers, open_source
