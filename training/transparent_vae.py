@@ -49,6 +49,8 @@ class PairSettings(PictureSettings):
 
     vae: str
     noise: float = 0.0
+    reconstruction: float = 1.0
+    composed: float = 0.0
     identity: float = 1.0
     adversarial: float = 0.01
     adversarial_from: int = 5_000
@@ -59,7 +61,9 @@ class PairSettings(PictureSettings):
 HELP = {
     "vae": "a diffusers folder, a single file or a hub name",
     "noise": "added to the latents that the decoder sees, a diffusion model's never being exact; they have deviation 1",
-    "identity": "weight of what the frozen decoder notices; reconstruction has 1",
+    "reconstruction": "weight of alpha and padded colour",
+    "composed": "weight of what is seen over random colours, where hidden colour does not count (as arXiv 2507.09308)",
+    "identity": "weight of what the frozen decoder notices",
     "adversarial": "weight of what the PatchGAN finds wrong",
     "adversarial_from": "the step from which the PatchGAN counts",
     "encoder_widths": "of the convolutions between the first and the last",
@@ -146,6 +150,10 @@ def patch_gan(channels: int = 4, width: int = 64) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4, 1, 1))
 
 
+def straight(argb: Argb) -> Rgba:
+    return argb[:, [1, 2, 3, 0]]
+
+
 def premultiplied(argb: Argb) -> Tensor:
     """As the PatchGAN sees it: colour only where there is something."""
     return torch.cat([argb[:, :1], argb[:, 1:] * argb[:, :1]], dim=1)
@@ -166,8 +174,13 @@ class PairTrainer(Trainer):
     def losses(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Unweighted where they are shown."""
         truth, answer, grey, seen = self.net(cropped(batch["rgba"], self.settings.crop))
-        losses = {"reconstruction": F.mse_loss(answer, truth), "identity": F.mse_loss(seen, grey)}
-        total = losses["reconstruction"] + self.settings.identity * losses["identity"]
+        background = torch.rand(len(truth), 3, 1, 1, device=truth.device)
+        losses = {
+            "reconstruction": F.mse_loss(answer, truth),
+            "composed": F.mse_loss(*(compose(straight(argb), background) for argb in (answer, truth))),
+            "identity": F.mse_loss(seen, grey),
+        }
+        total = sum(getattr(self.settings, name) * loss for name, loss in losses.items())
         if self.step >= self.settings.adversarial_from:
             losses["critic"] = self._criticised(truth, answer)
             self.critic.requires_grad_(False)
@@ -188,7 +201,7 @@ class PairTrainer(Trainer):
         rgba = batch["rgba"][:1]
         truth, answer, _, seen = self.plain(rgba)
         checks = checkerboard(*rgba.shape[2:]).to(rgba)
-        composed = [compose(argb[:, [1, 2, 3, 0]].clamp(0, 1), checks) for argb in (truth, answer)]
+        composed = [compose(straight(argb).clamp(0, 1), checks) for argb in (truth, answer)]
         return {"truth, answer, frozen decoder": torch.cat([*composed, seen.clamp(0, 1)], dim=3)[0].float()}
 
     def export(self, folder: Path) -> None:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
@@ -164,6 +165,22 @@ def test_some_opaque_pictures_are_as_the_model_paints_them(model):
     assert 2 <= sum(without) <= 14
     of_nearly = vae.encode(2 * compose(nearly[:1], GREY) - 1).latent_dist.mean
     assert not any(is_turned(latent[None], of_nearly) for latent in latents[1])
+
+
+def test_hidden_colour_counts_in_the_reconstruction_alone(model, tmp_path):
+    trainer, _ = make(settings(model, tmp_path, 1, "--composed", "2", "--identity", "0"), Accelerator(cpu=True))
+    given = rgba()
+    truth = torch.cat([given[:, 3:], pad_colors(given)], dim=1)
+    hidden, seen = truth.clone(), truth.clone()
+    hidden[:, 1:] += 0.5 * (truth[:, :1] == 0)
+    seen[:, 1:] += 0.5
+    found = {}
+    for name, answer in (("hidden", hidden), ("seen", seen)):
+        trainer.net = lambda _, answer=answer: (truth, answer, given[:, :3], given[:, :3])
+        total, found[name] = trainer.losses({"rgba": given})
+        torch.testing.assert_close(total, found[name]["reconstruction"] + 2 * found[name]["composed"])
+    assert found["hidden"]["reconstruction"] > 0.01 and found["hidden"]["composed"] == 0
+    torch.testing.assert_close(found["seen"]["composed"], (0.5 * truth[:, :1]).square().mean())
 
 
 def test_it_learns(model):

@@ -88,7 +88,9 @@ STAGES = (
             "steps": 8000,
             "ema": 0.995,
             "keep": 6000,
-            "noise": 0.03,
+            "noise": 0.02,
+            "reconstruction": 0.1,
+            "composed": 1.0,
             "identity": 10.0,  # latents of so small a VAE have no room that nobody sees
             "adversarial_from": 1_000_000,  # a PatchGAN has nothing to say about flat shapes
             "encoder_widths": (16, 16, 32, 32, 64, 64, 64, 64),
