@@ -47,7 +47,8 @@ def mean_vae():
     return layerdiffuse(SD15_ATTENTION)
 
 
-@pytest.mark.parametrize("exact_steps", [False, pytest.param(True, marks=full)])
+@full
+@pytest.mark.parametrize("exact_steps", [False, True])
 def test_one_value_all_over_is_img2img_at_that_strength(forge, exact_steps):
     """Half of the steps ahead, reached from above; Forge's own half has a step more than its number says."""
     grey = Image.new("L", SIZE, 128)

@@ -37,6 +37,8 @@ SHOWS = {
 }
 SD15 = (SD15_JOINT, SD15_FG_TO_BG, SD15_BG_TO_FG)
 SDXL = tuple(pytest.param(method, marks=pytest.mark.sdxl) for method in SHOWS if method not in SD15)
+OF_TWO_IMAGES = (SDXL_FG_BLEND_TO_BG, SDXL_BG_BLEND_TO_FG)  # which do all that those of one image do, and more
+OF_ONE_IMAGE = (SDXL_FG_TO_BLEND, SDXL_BG_TO_BLEND)
 
 
 def layers(method, size=(64, 64), **more):
@@ -81,7 +83,10 @@ def test_batch_count(forge, method):
     assert same(second[0], forge.picture(layers(method), TINY, seed=1 + frames))
 
 
-@pytest.mark.parametrize("method", SDXL)
+@pytest.mark.sdxl
+@pytest.mark.parametrize(
+    "method", [*OF_TWO_IMAGES, *(pytest.param(each, marks=pytest.mark.full) for each in OF_ONE_IMAGE)]
+)
 @pytest.mark.parametrize("count", [{"batch_size": 2}, pytest.param({"n_iter": 2}, marks=pytest.mark.full)])
 def test_a_condition_counts_for_every_picture(forge, plain_pictures, method, count):
     answer = forge.txt2img(layers(method), TINY, count)

@@ -40,6 +40,7 @@ def test_weights_differ(forge):
     assert all_different(pictures)
 
 
+@pytest.mark.full
 def test_stopping_half_way_differs_from_both_ends(forge, plain_pictures):
     opaque = {
         stop: forge.txt2img(layerdiffuse(SD15_ATTENTION, stop=stop), steps=4).images[1] for stop in (0.0, 0.5, 1.0)

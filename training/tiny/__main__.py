@@ -91,7 +91,7 @@ STAGES = (
             "noise": 0.02,
             "reconstruction": 0.1,
             "composed": 1.0,
-            "identity": 10.0,  # latents of so small a VAE have no room that nobody sees
+            "identity": 2.0,  # latents of so small a VAE have little room that nobody sees
             "adversarial_from": 1_000_000,  # a PatchGAN has nothing to say about flat shapes
             "encoder_widths": (16, 16, 32, 32, 64, 64, 64, 64),
             "decoder_widths": (16, 16, 32, 32, 48, 64, 64),

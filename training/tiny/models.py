@@ -38,6 +38,7 @@ WORDS = [
 TOKENS = 40  # of a prompt, at most
 START, END = "<|startoftext|>", "<|endoftext|>"
 TEXT_WIDTH = 80
+WORD_DEVIATION = 0.5  # of the numbers that a word is at first
 LOG_VARIANCE = -8.0  # of latents, at first
 SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 
@@ -103,6 +104,14 @@ def text_config(tokenizer: CLIPTokenizer, width: int = TEXT_WIDTH) -> CLIPTextCo
     )
 
 
+def make_text_encoder(kind: type[CLIPTextModel], config: CLIPTextConfig) -> CLIPTextModel:
+    """Words differ from the start by as much as the layers add to them: else those that take long to learn, such as
+    places, are drowned by the others before."""
+    encoder = kind(config)
+    encoder.get_input_embeddings().weight.data *= WORD_DEVIATION / config.initializer_range
+    return encoder
+
+
 def make_sd15(vae: AutoencoderKL) -> StableDiffusionPipeline:
     tokenizer = make_tokenizer()
     unet = UNet2DConditionModel(
@@ -116,7 +125,7 @@ def make_sd15(vae: AutoencoderKL) -> StableDiffusionPipeline:
         vae=vae,
         unet=unet,
         tokenizer=tokenizer,
-        text_encoder=CLIPTextModel(text_config(tokenizer)),
+        text_encoder=make_text_encoder(CLIPTextModel, text_config(tokenizer)),
         scheduler=EulerDiscreteScheduler(**SCHEDULE),
         safety_checker=None,
         feature_extractor=None,
@@ -147,8 +156,8 @@ def make_sdxl(vae: AutoencoderKL) -> StableDiffusionXLPipeline:
         unet=unet,
         tokenizer=tokenizer,
         tokenizer_2=make_tokenizer(),
-        text_encoder=CLIPTextModel(config),
-        text_encoder_2=CLIPTextModelWithProjection(config),
+        text_encoder=make_text_encoder(CLIPTextModel, config),
+        text_encoder_2=make_text_encoder(CLIPTextModelWithProjection, config),
         scheduler=EulerDiscreteScheduler(**SCHEDULE),
         force_zeros_for_empty_prompt=False,
         add_watermarker=False,
