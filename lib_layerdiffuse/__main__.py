@@ -24,7 +24,7 @@ from PIL import Image
 
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.images import from_pil, over, to_pil
-from lib_layerdiffuse.methods import Family
+from lib_layerdiffuse.methods import DECODERS, ENCODERS, Family
 from lib_layerdiffuse.request import FORM, Request
 from lib_layerdiffuse.vae import PASSES
 
@@ -136,14 +136,23 @@ def open_studio(arguments: argparse.Namespace, family: Family) -> Any:
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     precision = torch.float16 if device.startswith("cuda") else torch.float32
     if arguments.model is None:
-        host = DiffusersHost.load_world(WORLD, family)
-        folders = [WORLD / "weights"]
+        studio = open_world(family)
     else:
         host = DiffusersHost.load(arguments.model, family, torch_dtype=precision, **config_of(arguments))
-        folders = [arguments.weights]
-    host.pipeline.to(device)
-    host.pipeline.set_progress_bar_config(disable=arguments.json)
-    return Studio(host, obtainer(folders))
+        studio = Studio(host, obtainer([arguments.weights]))
+    studio.host.pipeline.to(device)
+    studio.host.pipeline.set_progress_bar_config(disable=arguments.json)
+    return studio
+
+
+def open_world(family: Family) -> Any:
+    """The tiny world, whose families have one VAE, and so one transparent pair."""
+    from lib_layerdiffuse.hosts.diffusers import DiffusersHost
+    from lib_layerdiffuse.studio import Studio
+
+    of_all = {names[each]: names[Family.SDXL] for names in (ENCODERS, DECODERS) for each in Family}
+    obtain = obtainer([WORLD / "weights"])
+    return Studio(DiffusersHost.load_world(WORLD, family), lambda file: obtain(of_all.get(file, file)))
 
 
 def obtainer(folders: Sequence[Path]) -> Callable[[str], Path]:

@@ -25,7 +25,7 @@ import torch
 from lib_layerdiffuse.methods import DECODERS, ENCODERS, METHODS, Family
 from training.tiny.models import SIZE
 
-PAIR = {"encoder": "vae_transparent_encoder.safetensors", "decoder": "vae_transparent_decoder.safetensors"}
+PAIR = {"encoder": ENCODERS[Family.SDXL], "decoder": DECODERS[Family.SDXL]}
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 SHARED = {"size": SIZE, "schedule": "cosine", "warmup": 100, "workers": 2, "save_every": 500}
 
@@ -59,8 +59,12 @@ def injection(key: str, seed: int, **more: object) -> Stage:
     options = {"model": f"{{work}}/{method.family.value}", "method": key, "data": f"scenes:{seed}", "seed": seed}
     if method.makes_foreground:
         options["encoder"] = f"{{work}}/pair/{PAIR['encoder']}"
-    return Stage(key, "training.injection", options | {"batch": 16, "rate": 1e-3, "steps": 1000, "keep": 4000} | more)
+    return Stage(key, "training.injection", options | {"batch": 16, "keep": 4000} | more)
 
+
+SHARING = {"rank": 16, "signal": 16, "rate": 3e-3, "steps": 1500}
+LOW_RANK = {"rank": 32, "rate": 3e-3, "steps": 3000}
+WEIGHTS = {"rate": 1e-3, "steps": 1500}
 
 STAGES = (
     Stage(
@@ -85,30 +89,30 @@ STAGES = (
             "crop": 64,
             "batch": 8,
             "rate": 1e-3,
-            "steps": 8000,
+            "steps": 16_000,
             "ema": 0.995,
             "keep": 6000,
             "noise": 0.02,
             "reconstruction": 0.1,
             "composed": 1.0,
-            "identity": 2.0,  # latents of so small a VAE have little room that nobody sees
+            "identity": 0.5,
             "adversarial_from": 1_000_000,  # a PatchGAN has nothing to say about flat shapes
             "encoder_widths": (16, 16, 32, 32, 64, 64, 64, 64),
-            "decoder_widths": (16, 16, 32, 32, 48, 64, 64),
+            "decoder_widths": (16, 16, 32, 48, 48, 32, 32),
         },
     ),
     base(Family.SD15, 4),
     base(Family.SDXL, 5),
-    injection("sd15_transparent_attn", 11, rank=16),
-    injection("sd15_joint", 12, rank=16),
-    injection("sd15_fg2bg", 13, rank=16, signal=32),
-    injection("sd15_bg2fg", 14, rank=16, signal=32),
-    injection("xl_transparent_attn", 15, rank=16),
-    injection("xl_transparent_conv", 16),
-    injection("xl_fg2ble", 17),
-    injection("xl_fgble2bg", 18),
-    injection("xl_bg2ble", 19),
-    injection("xl_bgble2fg", 20),
+    injection("sd15_transparent_attn", 11, **SHARING),
+    injection("sd15_joint", 12, **SHARING),
+    injection("sd15_fg2bg", 13, **SHARING),
+    injection("sd15_bg2fg", 14, **SHARING),
+    injection("xl_transparent_attn", 15, **LOW_RANK),
+    injection("xl_transparent_conv", 16, **WEIGHTS),
+    injection("xl_fg2ble", 17, **WEIGHTS),
+    injection("xl_fgble2bg", 18, **WEIGHTS),
+    injection("xl_bg2ble", 19, **WEIGHTS),
+    injection("xl_bgble2fg", 20, **WEIGHTS),
 )
 
 
@@ -131,9 +135,8 @@ def gather(work: Path, world: Path) -> None:
         shutil.copytree(work / name, world / name, ignore=left, dirs_exist_ok=True)
     weights = world / "weights"
     weights.mkdir(parents=True, exist_ok=True)
-    for names, file in ((ENCODERS, PAIR["encoder"]), (DECODERS, PAIR["decoder"])):
-        for name in names.values():  # both families have one VAE, and so one pair
-            shutil.copyfile(work / "pair" / file, weights / name)
+    for file in PAIR.values():  # both families have one VAE, and so one pair
+        shutil.copyfile(work / "pair" / file, weights / file)
     for method in METHODS:
         if (file := work / method.key / method.weights).exists():
             shutil.copyfile(file, weights / method.weights)

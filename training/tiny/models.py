@@ -116,7 +116,7 @@ def make_sd15(vae: AutoencoderKL) -> StableDiffusionPipeline:
     tokenizer = make_tokenizer()
     unet = UNet2DConditionModel(
         sample_size=SIZE // 8,
-        block_out_channels=(32, 48, 64, 64),
+        block_out_channels=(32, 48, 48, 48),
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=2,  # which diffusers takes for the number of heads
         norm_num_groups=8,
