@@ -195,7 +195,7 @@ def test_kept_pictures_come_in_a_random_order_from_every_part_of_a_source(tmp_pa
     chosen = VaeSettings(data="", output="", **(FEW | {"keep": 12}))
     kept = Kept(open_source("scenes:1+pictures:1", 16), chosen, lambda batch: batch)
     assert len({sample["caption"] for sample in kept}) > 6
-    opaque = sum(bool(sample["rgba"][3].all()) for sample in kept)
+    opaque = sum(bool((sample["rgba"][3] == 1).all()) for sample in kept)
     assert 0 < opaque < 12
 
 
