@@ -17,7 +17,7 @@ from lib_layerdiffuse.nets.encoder import TransparentEncoder
 from lib_layerdiffuse.vae import ORIENTATIONS, TransparentVAE
 from training import transparent_vae
 from training.harm import measure
-from training.scenes import scene
+from training.scenes import scene, to_image
 from training.trainer import parse
 from training.trainer import train as run
 from training.transparent_vae import HELP, PairSettings, TransparentPair, load_vae, make, patch_gan, there_and_back
@@ -88,6 +88,15 @@ def test_a_run_goes_on_where_it_was(model, tmp_path):
     assert list((tmp_path / "in two" / "log").rglob("events.*"))
 
 
+def test_fewer_pictures_than_a_batch_are_enough(model, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    to_image(scene(0, size=SIZE).rgba).save(folder / "0.png")
+    (folder / "0.txt").write_text("a solid red star")
+    train(settings(model, tmp_path / "out", 2, "--data", str(folder)))
+    assert torch.load(tmp_path / "out" / "state" / "custom_checkpoint_1.pkl")["step"] == 2
+
+
 def test_it_starts_from_the_frozen_vae_itself(model):
     vae = load_vae(str(model))
     pair = TransparentPair(vae, ENCODER, DECODER)
@@ -96,6 +105,18 @@ def test_it_starts_from_the_frozen_vae_itself(model):
     assert answer.shape == truth.shape
     torch.testing.assert_close(seen, vae.decode(vae.encode(2 * grey - 1).latent_dist.mean).sample / 2 + 0.5)
     assert not any(name.startswith("_vae") for name, _ in pair.named_parameters())
+
+
+def test_pictures_reach_the_end_of_a_new_encoder(model):
+    """Before its last convolution, which starts at 0."""
+    torch.manual_seed(0)
+    encoder = TransparentPair(load_vae(str(model)), (64,) * 8, DECODER).encoder
+    seen = []
+    encoder.blocks[-2].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    pictures = [torch.rand(2, 4, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3) for _ in range(2)]
+    for argb in pictures:
+        encoder(argb)
+    assert (seen[0] - seen[1]).std() > 0.02 * (pictures[0] - pictures[1]).std()
 
 
 @pytest.fixture

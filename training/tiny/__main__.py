@@ -89,7 +89,7 @@ STAGES = (
             "crop": 64,
             "batch": 8,
             "rate": 1e-3,
-            "steps": 16_000,
+            "steps": 12_000,
             "ema": 0.995,
             "keep": 6000,
             "noise": 0.02,
