@@ -1,4 +1,6 @@
+# make demo              transparent pictures and layers from the tiny world that is included, on one sheet
 # make test              checks and unit tests, on the newest and the oldest versions of what the extension meets
+# make test-world        the tiny world's pictures, more of them than make test looks at
 # make forge             this checkout inside an installed Forge; ARGS="…" goes to Forge
 # make forge-test        the tests that drive a real Forge; forge-test-full adds those that take minutes
 # make ui-test           the tests that use the panel in a browser, on a real Forge's page
@@ -12,13 +14,25 @@ OLDEST_PYTHON ?= $(shell for each in python3.10 $(wildcard $(HOME)/.pyenv/versio
 
 .venv/oldest/ready: PYTHON := $(OLDEST_PYTHON)
 
-.venv/%/ready: tests/requirements-%.txt
+define environment
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
+endef
 
-.PHONY: test lint test-newest test-oldest forge forge-test forge-test-full ui-test bench bench-full clean
+.venv/demo/ready: examples/requirements.txt
+	$(environment)
+
+.venv/%/ready: tests/requirements-%.txt
+	$(environment)
+
+.PHONY: demo test lint test-newest test-oldest test-world forge forge-test forge-test-full ui-test bench bench-full clean
 .PRECIOUS: .venv/%/ready
+
+# What libraries tell programmers is not for who looks at pictures.
+demo: QUIET := DIFFUSERS_VERBOSITY=error TRANSFORMERS_VERBOSITY=error PYTHONWARNINGS=ignore::FutureWarning
+demo: .venv/demo/ready
+	$(QUIET) .venv/demo/bin/python examples/demo.py
 
 test: lint test-newest test-oldest
 
@@ -30,6 +44,9 @@ lint: .venv/newest/ready
 # One thread: the networks here are tiny, threads would only wait for one another.
 test-newest test-oldest: test-%: .venv/%/ready
 	OMP_NUM_THREADS=1 .venv/$*/bin/python -m pytest --quiet
+
+test-world: .venv/newest/ready
+	.venv/newest/bin/python -m pytest --quiet tests/training/test_world.py -m ""
 
 forge:
 	$(PYTHON) tools/forge.py run $(ARGS)

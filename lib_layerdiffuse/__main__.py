@@ -15,7 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,12 +31,14 @@ from lib_layerdiffuse.request import FORM, Request
 from lib_layerdiffuse.vae import PASSES
 
 WORLD = Path(__file__).parent / "world"
+WORLD_CFG, USUAL_CFG = 3.0, 7.0
 NOT_HERE = ("enabled", "output_origin")  # controls that mean something in a panel only
 
 
 def main(words: Sequence[str] | None = None) -> None:
     try:
         arguments = parser().parse_args(words)
+        quieten()
         logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="%(message)s")
         found = arguments.run(arguments)
     except (LayerDiffuseError, OSError, ValueError) as error:
@@ -46,6 +50,13 @@ def main(words: Sequence[str] | None = None) -> None:
     else:
         for line in found.get("files", [f"{key}: {value}" for key, value in found.items()]):
             sys.stdout.write(f"{line}\n")
+
+
+def quieten() -> None:
+    """Libraries' remarks are for programmers; who wants them sets these variables."""
+    for library in ("DIFFUSERS", "TRANSFORMERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 # --- what the commands do: each answers what --json prints ---
@@ -63,6 +74,7 @@ def generate(arguments: argparse.Namespace) -> dict[str, Any]:
     studio = open_studio(arguments, request.method.family if request else Family(arguments.family))
     size = (arguments.width, arguments.height)
     width, height = (side or studio.host.usual_size for side in size)
+    usual_cfg = USUAL_CFG if arguments.model else WORLD_CFG
     job = Job(
         arguments.prompt,
         arguments.negative,
@@ -71,7 +83,7 @@ def generate(arguments: argparse.Namespace) -> dict[str, Any]:
         width,
         height,
         arguments.steps,
-        arguments.cfg,
+        usual_cfg if arguments.cfg is None else arguments.cfg,
         arguments.sampler,
         [Image.open(path) for path in arguments.init or ()],
         arguments.strength,
@@ -151,8 +163,7 @@ def open_world(family: Family) -> Any:
     from lib_layerdiffuse.studio import Studio
 
     of_all = {names[each]: names[Family.SDXL] for names in (ENCODERS, DECODERS) for each in Family}
-    obtain = obtainer([WORLD / "weights"])
-    return Studio(DiffusersHost.load_world(WORLD, family), lambda file: obtain(of_all.get(file, file)))
+    return Studio(DiffusersHost.load_world(WORLD, family), lambda file: WORLD / "weights" / of_all.get(file, file))
 
 
 def obtainer(folders: Sequence[Path]) -> Callable[[str], Path]:
@@ -251,7 +262,7 @@ def add_generate(making: argparse.ArgumentParser) -> None:
     making.add_argument("--width", type=int, help="in pixels; default: what the model is used to")
     making.add_argument("--height", type=int)
     making.add_argument("--steps", type=int, default=25)
-    making.add_argument("--cfg", type=float, default=7.0)
+    making.add_argument("--cfg", type=float, help=f"default: {USUAL_CFG:g}, for the tiny world {WORLD_CFG:g}")
     making.add_argument("--sampler", default="Euler a")
     making.add_argument(
         "--init", type=Path, action="append", help="img2img: a picture to start from; several are taken in turn"

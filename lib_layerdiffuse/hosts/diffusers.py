@@ -167,7 +167,7 @@ class DiffusersHost:
     def load_world(cls, folder: Path, family: Family) -> DiffusersHost:
         """A model of the tiny world, both of which have one VAE. Raises LayerDiffuseError where it is not there."""
         if not (folder / family.value).is_dir():
-            raise LayerDiffuseError(f"There is no tiny world in {folder}. Name a model with --model.")
+            raise LayerDiffuseError(f"There is no model of {family.word} in {folder}. Name one with --model.")
         vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
         return cls(PIPELINES[family].from_pretrained(folder / family.value, vae=vae, torch_dtype=torch.float32))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -62,8 +63,8 @@ def injection(key: str, seed: int, **more: object) -> Stage:
     return Stage(key, "training.injection", options | {"batch": 16, "keep": 4000} | more)
 
 
-SHARING = {"rank": 16, "signal": 16, "rate": 3e-3, "steps": 1500}
-LOW_RANK = {"rank": 32, "rate": 3e-3, "steps": 3000}
+SHARING = {"rank": 16, "signal": 8, "rate": 1e-3, "steps": 2500}
+LOW_RANK = {"rank": 32, "rate": 1e-3, "steps": 4000}
 WEIGHTS = {"rate": 1e-3, "steps": 1500}
 
 STAGES = (
@@ -89,23 +90,23 @@ STAGES = (
             "crop": 64,
             "batch": 8,
             "rate": 1e-3,
-            "steps": 12_000,
+            "steps": 8000,
             "ema": 0.995,
             "keep": 6000,
             "noise": 0.02,
             "reconstruction": 0.1,
             "composed": 1.0,
-            "identity": 0.5,
+            "identity": 2.0,
             "adversarial_from": 1_000_000,  # a PatchGAN has nothing to say about flat shapes
             "encoder_widths": (16, 16, 32, 32, 64, 64, 64, 64),
-            "decoder_widths": (16, 16, 32, 48, 48, 32, 32),
+            "decoder_widths": (16, 16, 32, 32, 48, 64, 64),
         },
     ),
     base(Family.SD15, 4),
     base(Family.SDXL, 5),
-    injection("sd15_transparent_attn", 11, **SHARING),
+    injection("sd15_transparent_attn", 11, **SHARING | {"steps": 4000}),
     injection("sd15_joint", 12, **SHARING),
-    injection("sd15_fg2bg", 13, **SHARING),
+    injection("sd15_fg2bg", 13, **SHARING | {"steps": 1500}),
     injection("sd15_bg2fg", 14, **SHARING),
     injection("xl_transparent_attn", 15, **LOW_RANK),
     injection("xl_transparent_conv", 16, **WEIGHTS),
@@ -141,14 +142,18 @@ def gather(work: Path, world: Path) -> None:
         if (file := work / method.key / method.weights).exists():
             shutil.copyfile(file, weights / method.weights)
     about = {
-        "stages": {
-            stage.name: json.loads((work / f"{stage.name}.json").read_text(encoding="utf-8")) for stage in STAGES
-        },
+        "stages": {stage.name: account(work / f"{stage.name}.json") for stage in STAGES},
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
         + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
         "packages": {name: version(name) for name in PACKAGES},
     }
     (world / "world.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+def account(file: Path) -> dict[str, object]:
+    """How a stage was made, for people to read and repeat."""
+    row = json.loads(file.read_text(encoding="utf-8"))
+    return row | {"command": shlex.join(["python", *row["command"]])}
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -1,0 +1,228 @@
+"""The tiny world that ships with the extension: whether its pictures really are transparent, and what they should be.
+
+`make test` looks at some of the captions, `make test-world` at all of them.
+"""
+
+from collections import defaultdict
+from functools import cache
+from statistics import fmean
+
+import pytest
+import torch
+from PIL import Image
+
+from lib_layerdiffuse.__main__ import WORLD_CFG, main, open_world
+from lib_layerdiffuse.images import GREY, compose, from_pil, over
+from lib_layerdiffuse.methods import Family, Layer, find_method
+from lib_layerdiffuse.metrics import BACKGROUNDS, psnr
+from lib_layerdiffuse.request import Request
+from lib_layerdiffuse.studio import Job
+from training.scenes import COLOURS, layers, scene, to_image
+
+SEED = 1000  # no training saw it
+SIZE = 128
+STEPS = 15
+HELD_OUT = [scene(index, SEED, SIZE, held_out=True) for index in range(64)]
+FEW = range(16)
+SEEN = 0.15  # the share of colour from which a pixel belongs to a shape: glass may have as little as 0.2
+ALONE = ("xl_transparent_attn", "xl_transparent_conv")
+
+
+@cache
+def studio_of(family):
+    studio = open_world(family)
+    studio.host.pipeline.set_progress_bar_config(disable=True)
+    return studio
+
+
+@cache
+def generated(key, prompt, seed, **more):
+    """What belongs together of one picture. more: of the request, where it can be compared."""
+    request = Request.parse([{"method": key, **more}])
+    job = Job(prompt, seed=seed, width=SIZE, height=SIZE, steps=STEPS, cfg=WORLD_CFG)
+    [together] = studio_of(find_method(key).family).run(request, job)
+    return together
+
+
+def foreground(key, index, **more):
+    [made] = generated(key, HELD_OUT[index].caption, index, **more)
+    return made
+
+
+def alpha_of(made):
+    return from_pil(made.image)[3]
+
+
+def coverage(image, colour):
+    """How much of a colour lies over grey in each pixel, as seen: 0 is grey, 1 the colour."""
+    way = torch.tensor(COLOURS[colour]).view(3, 1, 1) - 0.5
+    return (((from_pil(image.convert("RGB")) - 0.5) * way).sum(0) / way.square().sum()).clamp(0, 1)
+
+
+def agreement(alpha, covered):
+    """Intersection over union of where there is something."""
+    a, b = alpha > SEEN, covered > SEEN
+    return ((a & b).sum() / (a | b).sum().clamp(min=1)).item()
+
+
+def background_alphas(pairs):
+    """The means of what is not part of the shape or within a few pixels of it, where a glow leaves anything."""
+    for alpha, covered in pairs:
+        near = torch.nn.functional.max_pool2d((covered > SEEN / 3).float()[None], 9, 1, 4)[0] > 0
+        if not near.all():
+            yield alpha[~near].mean().item()
+
+
+def centre(alpha):
+    """Of what is seen, in pixels."""
+    return torch.stack(torch.where(alpha > SEEN)).float().mean(1)
+
+
+def rgba_of(made):
+    return torch.from_numpy(made.rgba).permute(2, 0, 1)[None]
+
+
+def test_the_command_line_needs_no_model(tmp_path):
+    words = ["--method", ALONE[-1], "--prompt", HELD_OUT[0].caption, "--steps", "3"]
+    main(["generate", *words, "--output", str(tmp_path)])
+    with Image.open(tmp_path / "000000-fg.png") as image:
+        assert (image.mode, image.size) == ("RGBA", (SIZE, SIZE))
+
+
+# --- encoding and decoding ---
+
+
+@cache
+def there_and_back(passes, offset):
+    studio = studio_of(Family.SDXL)  # of both: they have one VAE and one pair
+    found = []
+    for made in HELD_OUT:
+        truth, grey = rgba_of(made), compose(rgba_of(made), GREY)
+        plain = studio.host.posterior(grey)[0]
+        latent = studio.encode(to_image(made.rgba)) if offset else plain
+        answer = studio.decode(latent, passes=passes)
+        found.append(
+            {
+                "psnr": seen_psnr(truth, answer),
+                "alpha": (truth - answer)[:, 3].abs().mean().item(),
+                "harm": psnr(grey, studio.host.pixels(plain)) - psnr(grey, studio.host.pixels(latent)),
+            }
+        )
+    return found
+
+
+def seen_psnr(truth, answer):
+    """Over nine backgrounds."""
+    colours = [truth.new_tensor(colour).view(3, 1, 1) for colour in BACKGROUNDS.values()]
+    return fmean(psnr(compose(truth, colour), compose(answer, colour)) for colour in colours)
+
+
+def mean(name, passes=8, offset=True):
+    return fmean(one[name] for one in there_and_back(passes, offset))
+
+
+def test_pictures_come_back():
+    of_material = defaultdict(list)
+    for made, one in zip(HELD_OUT, there_and_back(8, True)):
+        of_material[made.material].append(one["psnr"])
+    worst = {material: fmean(found) - mean("psnr") for material, found in of_material.items()}
+    assert mean("psnr") >= 32
+    assert worst.pop("hairy") >= -6.5  # wanted: -4; see training/README.md
+    assert min(worst.values()) >= -4
+    assert mean("alpha") <= 0.02
+
+
+def test_the_offset_does_no_harm():
+    assert mean("harm") <= 0.5
+
+
+def test_the_offset_tells_something():
+    """Little: this world has so few colours that most can be guessed from a picture over grey."""
+    assert mean("psnr", 1) > mean("psnr", 1, False) + 0.1
+
+
+def test_eight_passes_beat_one():
+    assert mean("psnr", 8) > mean("psnr", 1)
+
+
+# --- text -> RGBA ---
+
+
+def test_the_measures_say_yes_to_the_scenes_themselves():
+    grey = [to_image(0.5 + (made.rgba[..., :3] - 0.5) * made.rgba[..., 3:]) for made in HELD_OUT]
+    pairs = [(rgba_of(made)[0, 3], coverage(image, made.colour)) for made, image in zip(HELD_OUT, grey)]
+    assert fmean(agreement(*pair) for pair in pairs) >= 0.97
+    assert fmean(background_alphas(pairs)) <= 0.002
+
+
+@pytest.mark.parametrize("key", ALONE)
+@pytest.mark.parametrize("indices", [FEW, pytest.param(range(64), marks=pytest.mark.full)], ids=["few", "all"])
+def test_alpha_is_that_of_the_shape_asked_for(key, indices):
+    made = [foreground(key, index) for index in indices]
+    pairs = [(alpha_of(each), coverage(each.opaque, HELD_OUT[index].colour)) for index, each in zip(indices, made)]
+    assert fmean(agreement(*pair) for pair in pairs) >= 0.85
+    assert fmean(background_alphas(pairs)) <= 0.03
+
+
+@pytest.mark.parametrize("key", ALONE)
+def test_without_weight_pictures_are_opaque(key):
+    for index in FEW[:4]:
+        assert alpha_of(foreground(key, index, weight=0)).mean() >= 0.97
+
+
+@pytest.mark.parametrize("key", ALONE)
+def test_glass_and_glow_are_neither_opaque_nor_gone(key):
+    """Of what is seen at all; most of what is solid is opaque."""
+    found = defaultdict(list)
+    for index in FEW:
+        alpha = alpha_of(foreground(key, index))
+        found[HELD_OUT[index].material].append(alpha[alpha > 0.05])
+    seen = {material: torch.cat(of_all) for material, of_all in found.items()}
+    for material in ("glass", "glowing"):
+        assert ((seen[material] > 0.1) & (seen[material] < 0.9)).float().mean() >= 0.7
+        assert seen[material].quantile(0.75) <= 0.65
+    assert seen["solid"].quantile(0.75) >= 0.85
+
+
+@pytest.mark.parametrize("key", ALONE)
+def test_shapes_are_where_they_are_asked_for(key):
+    """Within an eighth of the picture, where a third of it is what chance would give."""
+    centres = ((centre(alpha_of(foreground(key, index))), centre(rgba_of(HELD_OUT[index])[0, 3])) for index in FEW)
+    assert fmean((a - b).norm().item() for a, b in centres) <= SIZE / 8
+
+
+# --- layers ---
+
+
+@cache
+def layered(key, index):
+    """What a method makes of all layers of a scene: texts, and the images that it takes."""
+    made = layers(index, SEED, SIZE, held_out=True)
+    pictures = {Layer.FG: made.foreground.rgba, Layer.BG: made.background, Layer.BLEND: made.blend}
+    captions = (made.foreground.caption, made.background_caption, made.blend_caption)
+    method = find_method(key)
+    first = method.chain[0] if method.chain else method
+    inputs = find_method(first.key).inputs if method.chain else method.inputs
+    asked = {f"{layer.value}_prompt": caption for layer, caption in zip(Layer, captions)}
+    asked |= {f"{layer.value}_image": to_image(pictures[layer]) for layer in inputs}
+    request = Request.parse([{"method": key, **asked}])
+    job = Job("", seed=100 + index, width=SIZE, height=SIZE, steps=STEPS, cfg=WORLD_CFG)
+    [together] = studio_of(method.family).run(request, job)
+    return {each.layer: each.image for each in together} | {layer: to_image(pictures[layer]) for layer in inputs}
+
+
+@pytest.mark.parametrize("key", ["xl_everything"])
+def test_layers_belong_together(key):
+    """The foreground over the background is the blend that the model painted."""
+    found = [layered(key, index) for index in range(6)]
+    composed = [over(each[Layer.FG], each[Layer.BG]) for each in found]
+    assert fmean(psnr(from_pil(a), from_pil(b[Layer.BLEND])) for a, b in zip(composed, found)) >= 24
+
+
+@pytest.mark.parametrize("key", ["xl_bg2blefg"])
+def test_what_is_made_for_a_background_follows_it(key):
+    """Of all backgrounds given, each blend comes nearest to its own."""
+    found = [layered(key, index) for index in range(6)]
+    for each in found:
+        distances = [psnr(from_pil(each[Layer.BLEND]), from_pil(other[Layer.BG])) for other in found]
+        assert max(distances) == psnr(from_pil(each[Layer.BLEND]), from_pil(each[Layer.BG]))
