@@ -41,12 +41,13 @@ lint: .venv/newest/ready
 	.venv/newest/bin/ruff format --check
 	.venv/newest/bin/mypy
 
-# One thread: the networks here are tiny, threads would only wait for one another.
+# One thread each: the networks here are tiny, threads would only wait for one another.
+PYTEST := -m pytest --quiet --numprocesses=auto --dist=loadfile
 test-newest test-oldest: test-%: .venv/%/ready
-	OMP_NUM_THREADS=1 .venv/$*/bin/python -m pytest --quiet
+	OMP_NUM_THREADS=1 .venv/$*/bin/python $(PYTEST)
 
 test-world: .venv/newest/ready
-	.venv/newest/bin/python -m pytest --quiet tests/training/test_world.py -m ""
+	OMP_NUM_THREADS=1 .venv/newest/bin/python $(PYTEST) tests/training/test_world_*.py -m ""
 
 forge:
 	$(PYTHON) tools/forge.py run $(ARGS)
