@@ -29,10 +29,8 @@ endef
 .PHONY: demo test lint test-newest test-oldest test-world forge forge-test forge-test-full ui-test bench bench-full clean
 .PRECIOUS: .venv/%/ready
 
-# What libraries tell programmers is not for who looks at pictures.
-demo: QUIET := DIFFUSERS_VERBOSITY=error TRANSFORMERS_VERBOSITY=error PYTHONWARNINGS=ignore::FutureWarning
 demo: .venv/demo/ready
-	$(QUIET) .venv/demo/bin/python examples/demo.py
+	.venv/demo/bin/python examples/demo.py
 
 test: lint test-newest test-oldest
 

@@ -11,17 +11,20 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also from a checkout that is not installed
 
-from lib_layerdiffuse.__main__ import WORLD_CFG, open_world
+from lib_layerdiffuse.__main__ import WORLD_CFG, open_world, quieten
 from lib_layerdiffuse.images import over
 from lib_layerdiffuse.methods import Family, Layer
 from lib_layerdiffuse.outputs import on_checkerboard
 from lib_layerdiffuse.request import Request
-from lib_layerdiffuse.studio import Job, Studio
+
+if TYPE_CHECKING:
+    from lib_layerdiffuse.studio import Job, Studio
 
 SIZE = 128
 MARGIN, LINE = 8, 16  # pixels
@@ -48,26 +51,26 @@ def request(key: str, **more: object) -> Request:
 
 
 def job(prompt: str, seed: int) -> Job:
+    from lib_layerdiffuse.studio import Job  # and with it libraries that are to be quiet by then
+
     return Job(prompt, seed=seed, width=SIZE, height=SIZE, cfg=WORLD_CFG)
 
 
 def rows() -> list[Row]:
     studio = open_world(Family.SDXL)
     studio.host.pipeline.set_progress_bar_config(disable=True)
-    alone = [
-        studio.run(request(key), job(prompt, 10 + i))[0][0].image
+    attention, conv = (
+        [studio.run(request(key), job(prompt, 10 + i))[0][0].image for i, prompt in enumerate(TRANSPARENT)]
         for key in ("xl_transparent_attn", "xl_transparent_conv")
-        for i, prompt in enumerate(TRANSPARENT)
-    ]
+    )
     painted = [studio.run(None, job(prompt, 20))[0][0].image for prompt in BACKGROUNDS]
     chain = layers(studio, request("xl_everything", **words(BEHIND)))
     given = layers(studio, request("xl_bg2blefg", bg_image=painted[0], **words(BACKGROUNDS[0])))
     said = [" ".join(prompt.split()[:4]) for prompt in TRANSPARENT]
-    half = len(TRANSPARENT)
     return [
-        ("Attention injection", list(zip(said, map(on_checkerboard, alone[:half])))),
-        ("Conv injection", list(zip(said, map(on_checkerboard, alone[half:])))),
-        ("The same on new backgrounds", [("", over(each, painted[i % 2])) for i, each in enumerate(alone[half:])]),
+        ("Attention injection", list(zip(said, map(on_checkerboard, attention)))),
+        ("Conv injection", list(zip(said, map(on_checkerboard, conv)))),
+        ("The same on new backgrounds", [("", over(each, painted[i % 2])) for i, each in enumerate(conv)]),
         (f"All layers from words: {TOGETHER} over {BEHIND}", shown(chain)),
         (f"Layers for a background: {TOGETHER}", shown(given | {Layer.BG: painted[0]})),
     ]
@@ -107,6 +110,7 @@ def sheet(table: Sequence[Row]) -> Image.Image:
 
 def main() -> None:
     path = Path(sys.argv[1] if len(sys.argv) > 1 else "demo.png")
+    quieten()
     started = time.perf_counter()
     sheet(rows()).save(path)
     print(f"{path}: made in {time.perf_counter() - started:.0f} s")

@@ -21,7 +21,7 @@ from torchmetrics.functional.image import (
 )
 
 from lib_layerdiffuse.images import compose, from_pil
-from lib_layerdiffuse.tensors import Rgba
+from lib_layerdiffuse.tensors import Rgb, Rgba
 
 BACKGROUNDS: Mapping[str, tuple[float, float, float]] = {
     "grey": (128 / 255, 128 / 255, 128 / 255),
@@ -52,11 +52,15 @@ def ssim(truth: Tensor, result: Tensor) -> float:
     return found.item()
 
 
+def over_backgrounds(rgba: Rgba) -> list[Rgb]:
+    """What is seen over each of the nine."""
+    return [compose(rgba, rgba.new_tensor(colour).view(1, 3, 1, 1)) for colour in BACKGROUNDS.values()]
+
+
 def colour_metrics(truth: Rgba, result: Rgba, lpips: bool = False) -> dict[str, float]:
     """Means over the backgrounds: psnr in dB; ssim, at most 1; lpips (AlexNet), where less is nearer."""
     truth, result = truth.double(), result.double()  # ssim loses its digits where a picture is even
-    backgrounds = [truth.new_tensor(colour).view(1, 3, 1, 1) for colour in BACKGROUNDS.values()]
-    pairs = [(compose(truth, background), compose(result, background)) for background in backgrounds]
+    pairs = list(zip(over_backgrounds(truth), over_backgrounds(result)))
     found = {
         "psnr": fmean(psnr(*pair) for pair in pairs),
         "ssim": fmean(ssim(*pair) for pair in pairs),

@@ -6,7 +6,7 @@ from statistics import fmean
 
 from lib_layerdiffuse.images import GREY, compose
 from lib_layerdiffuse.methods import Family
-from lib_layerdiffuse.metrics import BACKGROUNDS, psnr
+from lib_layerdiffuse.metrics import over_backgrounds, psnr
 from tests.training.world import HELD_OUT, rgba_of, studio_of
 from training.scenes import to_image
 
@@ -22,16 +22,10 @@ def there_and_back(index, passes, offset):
     latent = studio.encode(to_image(made.rgba)) if offset else plain
     answer = studio.decode(latent, passes=passes)
     return {
-        "psnr": seen_psnr(truth, answer),
+        "psnr": fmean(psnr(*pair) for pair in zip(over_backgrounds(truth), over_backgrounds(answer))),
         "alpha": (truth - answer)[:, 3].abs().mean().item(),
         "harm": psnr(grey, studio.host.pixels(plain)) - psnr(grey, studio.host.pixels(latent)),
     }
-
-
-def seen_psnr(truth, answer):
-    """Over nine backgrounds."""
-    colours = [truth.new_tensor(colour).view(3, 1, 1) for colour in BACKGROUNDS.values()]
-    return fmean(psnr(compose(truth, colour), compose(answer, colour)) for colour in colours)
 
 
 def mean(name, passes=8, offset=True, indices=ALL):

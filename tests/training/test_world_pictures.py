@@ -132,14 +132,13 @@ def layered(key, index):
     pictures = {Layer.FG: made.foreground.rgba, Layer.BG: made.background, Layer.BLEND: made.blend}
     captions = (made.foreground.caption, made.background_caption, made.blend_caption)
     method = find_method(key)
-    first = method.chain[0] if method.chain else method
-    inputs = find_method(first.key).inputs if method.chain else method.inputs
     asked = {f"{layer.value}_prompt": caption for layer, caption in zip(Layer, captions)}
-    asked |= {f"{layer.value}_image": to_image(pictures[layer]) for layer in inputs}
+    given = {layer: to_image(pictures[layer]) for layer in method.inputs}
+    asked |= {f"{layer.value}_image": image for layer, image in given.items()}
     request = Request.parse([{"method": key, "passes": 1, **asked}])
     job = Job("", seed=100 + index, width=SIZE, height=SIZE, steps=STEPS, cfg=WORLD_CFG)
     [together] = studio_of(method.family).run(request, job)
-    return {each.layer: each.image for each in together} | {layer: to_image(pictures[layer]) for layer in inputs}
+    return {each.layer: each.image for each in together} | given
 
 
 @pytest.mark.parametrize("key", ["xl_everything"])
