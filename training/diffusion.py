@@ -26,10 +26,12 @@ class DiffusionSettings(Settings):
     """The options of trainers of UNets."""
 
     unconditional: float = 0.1
+    noise_offset: float = 0.0
 
 
 HELP = {
     "unconditional": "share of the samples whose captions are left out, for CFG",
+    "noise_offset": "deviation of what is added to a whole channel's noise: its mean says nothing of colours then",
 }
 
 
@@ -97,7 +99,7 @@ class DiffusionTrainer(Trainer):
         """The UNet's answer, what it should be, and what it saw, for rows [(b f), …]. timesteps: [b]."""
         frames = example["latents"].shape[1]
         latents, timesteps = example["latents"].flatten(0, 1), timesteps.repeat_interleave(frames)
-        noise = torch.randn_like(latents)
+        noise = torch.randn_like(latents) + self.settings.noise_offset * torch.randn_like(latents[..., :1, :1])
         noisy = self.noise.add_noise(latents, noise, timesteps)
         left_out = torch.rand(len(example["latents"])) < self.settings.unconditional
         captions = ["" if out else caption for out, row in zip(left_out, zip(*example["captions"])) for caption in row]

@@ -38,6 +38,7 @@ from lib_layerdiffuse.nets.attention_sharing import (
 )
 from lib_layerdiffuse.patches import Key
 from lib_layerdiffuse.tensors import Rgb, StateDict, Tokens
+from lib_layerdiffuse.weights import read_tensors
 from training import diffusion
 from training.data import OneLayer, open_layers, open_source
 from training.diffusion import DiffusionSettings, DiffusionTrainer, Encoder
@@ -57,6 +58,7 @@ class InjectionSettings(DiffusionSettings):
     model: str
     method: str
     encoder: str = ""
+    start: str = ""
     rank: int = 256
     signal: int = 256
 
@@ -66,6 +68,7 @@ HELP = {
     "model": "a diffusers folder, a single file or a hub name",
     "method": "a key of lib_layerdiffuse/methods.py",
     "encoder": "the transparent encoder, for methods that make a foreground",
+    "start": "a file of weights for this method, to go on from; default: nothing is injected at first",
     "rank": "of low-rank additions",
     "signal": "channels of control signals",
 }
@@ -95,6 +98,11 @@ class LowRankUNet(nn.Module):
                 found[f"{key}::lora::0"] = layer.lora_B["default"].weight
                 found[f"{key}::lora::1"] = layer.lora_A["default"].weight
         return found
+
+    @torch.no_grad()
+    def load(self, tensors: StateDict) -> None:
+        for key, weight in self.tensors().items():
+            weight.copy_(tensors[key])
 
 
 class WeightsUNet(nn.Module):
@@ -134,6 +142,16 @@ class WeightsUNet(nn.Module):
         diffs["conv_in.weight"] = torch.cat([diffs["conv_in.weight"], self.condition], dim=1)
         return {f"{key}::diff::0": diffs[name] for name, (key, _) in self._before.items()}
 
+    @torch.no_grad()
+    def load(self, tensors: StateDict) -> None:
+        now = dict(self.unet.named_parameters())
+        for name, (key, before) in self._before.items():
+            diff = tensors[f"{key}::diff::0"]
+            if name == "conv_in.weight":
+                diff, condition = diff.split([before.shape[1], self.condition.shape[1]], dim=1)
+                self.condition.copy_(condition)
+            now[name].copy_(before + diff)
+
 
 class SharingUNet(nn.Module):
     """Low-rank additions and attention between frames, in the attention layers of a UNet that stays as it is."""
@@ -164,6 +182,9 @@ class SharingUNet(nn.Module):
     def tensors(self) -> StateDict:
         """As the file has them."""
         return self.sharing.state_dict()
+
+    def load(self, tensors: StateDict) -> None:
+        self.sharing.load_state_dict(tensors)
 
 
 def start_at_zero(unit: AttentionSharingUnit) -> None:
@@ -228,6 +249,18 @@ KINDS: Mapping[str, Any] = {
 }
 
 
+def start_from(net: Any, path: Path, method: Method) -> None:
+    tensors = read_tensors(path)
+    wanted, found = ({key: tuple(x.shape) for key, x in each.items()} for each in (net.tensors(), tensors))
+    if differing := sorted(key for key in {*wanted, *found} if wanted.get(key) != found.get(key)):
+        key = differing[0]
+        raise SystemExit(
+            f"{path} cannot be gone on from: of {method.key} with this model, --rank and --signal, {key} is "
+            f"{wanted.get(key, 'not there')}, in the file it is {found.get(key, 'not there')}. Choose what made it."
+        )
+    net.load(tensors)
+
+
 class InjectionTrainer(DiffusionTrainer):
     """net: one of KINDS."""
 
@@ -257,6 +290,8 @@ def make(settings: InjectionSettings, accelerator: Accelerator) -> tuple[Injecti
         else open_layers(settings.data, settings.size)
     )
     net = KINDS[method.key](pipeline.unet, settings, method).train()
+    if settings.start:
+        start_from(net, Path(settings.start), method)
     for weight in net.parameters():
         if not weight.requires_grad:
             weight.data = weight.data.to(PRECISIONS[settings.precision])

@@ -6,12 +6,13 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from safetensors.torch import load_file
 
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.hosts.diffusers import DiffusersHost, Sampling, checkpoint_keys
 from lib_layerdiffuse.injection import load_injection
 from lib_layerdiffuse.methods import METHODS, Family, find_method
-from training.injection import KINDS, InjectionSettings
+from training.injection import KINDS, InjectionSettings, start_from
 from training.tiny.models import MAKERS, make_tokenizer, make_vae
 from training.trainer import save_halves
 
@@ -34,10 +35,14 @@ def settings(method):
     return InjectionSettings(data="", output="", model="", method=method.key, rank=4, signal=8)
 
 
+def untrained(method, pipeline):
+    pipeline.unet.requires_grad_(False)
+    return KINDS[method.key](pipeline.unet, settings(method), method).eval()
+
+
 def trained(method, pipeline):
     """A network in training whose weights are random, as if it had learnt something."""
-    pipeline.unet.requires_grad_(False)
-    net = KINDS[method.key](pipeline.unet, settings(method), method).eval()
+    net = untrained(method, pipeline)
     for weight in net.parameters():
         if weight.requires_grad:
             weight.data += 0.1 * torch.randn_like(weight)
@@ -102,6 +107,27 @@ def test_what_was_trained_is_what_is_injected(method, tmp_path):
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3 * expected.abs().max().item())
     assert all(torch.equal(before[name], weight) for name, weight in host.unet.named_parameters())
     assert torch.equal(answer(host.unet, given), plain)
+
+
+@pytest.mark.parametrize("method", TRAINABLE, ids=lambda method: method.key)
+def test_training_goes_on_from_what_was_trained(method, tmp_path):
+    file = tmp_path / method.weights
+    save_halves(trained(method, pipeline_of(method.family)).tensors(), file)
+    net = untrained(method, pipeline_of(method.family))
+    start_from(net, file, method)
+    expected, found = load_file(file), net.tensors()
+    assert found.keys() == expected.keys()
+    for key, weight in expected.items():
+        torch.testing.assert_close(found[key], weight.float(), rtol=0, atol=1e-6)
+
+
+def test_weights_of_another_rank_are_not_gone_on_from(tmp_path):
+    method = find_method("sd15_joint")
+    net = untrained(method, pipeline_of(method.family))
+    tensors = {key: torch.cat([x, x]) if "lora.0.down" in key else x for key, x in net.tensors().items()}
+    save_halves(tensors, tmp_path / method.weights)
+    with pytest.raises(SystemExit, match=r"lora\.0\.down\.weight is \(4, \d+\), in the file it is \(8, \d+\)"):
+        start_from(net, tmp_path / method.weights, method)
 
 
 @pytest.mark.parametrize("key", ["sd15_fg2bg", "xl_transparent_attn", "xl_bgble2fg"])

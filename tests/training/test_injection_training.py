@@ -176,6 +176,21 @@ def test_frames_share_a_timestep_and_have_captions_of_their_own(models, tmp_path
     torch.testing.assert_close(net.seen[1][2], read_prompts(pipeline, [""] * 6, noisy)[0])
 
 
+def test_offset_noise_has_means_of_its_own(models, tmp_path):
+    """Those of a whole channel: 64 numbers have one of 1/8 without it."""
+    pipeline = MAKERS[find_method("sd15_joint").family](make_vae())
+    encoder = Encoder(pipeline, None, (), tuple(Layer))
+    example, seen = encoder(layered()), {}
+    for offset in (0.0, 3.0):
+        chosen = settings(models, tmp_path, "sd15_joint", noise_offset=offset)
+        trainer = injection.InjectionTrainer(chosen, Accelerator(), Answering(), pipeline, encoder)
+        torch.manual_seed(0)
+        noise = trainer.answer(example, torch.tensor([999, 999]))[1]
+        seen[offset] = noise.mean((2, 3)).std().item(), (noise - noise.mean((2, 3), keepdim=True)).std().item()
+    assert seen[0.0] == pytest.approx((1 / 8, 1), rel=0.3)
+    assert seen[3.0] == pytest.approx((3, 1), rel=0.3)
+
+
 def test_kept_samples_are_those_of_the_source(models, tmp_path):
     pipeline = MAKERS[find_method("sd15_joint").family](make_vae())
     encoder = Encoder(pipeline, None, (Layer.FG,), (Layer.BG, Layer.BLEND))

@@ -55,15 +55,16 @@ def base(family: Family, seed: int) -> Stage:
     )
 
 
-def injection(key: str, seed: int, **more: object) -> Stage:
+def injection(key: str, seed: int, name: str = "", **more: object) -> Stage:
     method = next(method for method in METHODS if method.key == key)
     options = {"model": f"{{work}}/{method.family.value}", "method": key, "data": f"scenes:{seed}", "seed": seed}
     if method.makes_foreground:
         options["encoder"] = f"{{work}}/pair/{PAIR['encoder']}"
-    return Stage(key, "training.injection", options | {"batch": 16, "keep": 4000} | more)
+    return Stage(name or key, "training.injection", options | {"batch": 16, "keep": 4000} | more)
 
 
 SHARING = {"rank": 16, "signal": 8, "rate": 1e-3, "steps": 2500}
+OFFSET = {"noise_offset": 0.1}  # else a frame's colours follow the mean of its own noise, which is not small at 16×16
 LOW_RANK = {"rank": 32, "rate": 1e-3, "steps": 4000}
 WEIGHTS = {"rate": 1e-3, "steps": 1500}
 
@@ -105,7 +106,8 @@ STAGES = (
     base(Family.SD15, 4),
     base(Family.SDXL, 5),
     injection("sd15_transparent_attn", 11, **SHARING | {"steps": 4000}),
-    injection("sd15_joint", 12, **SHARING),
+    injection("sd15_joint", 12, name="sd15_joint_first", **SHARING),
+    injection("sd15_joint", 21, start="{work}/sd15_joint_first/layer_sd15_joint.safetensors", **SHARING | OFFSET),
     injection("sd15_fg2bg", 13, **SHARING | {"steps": 1500}),
     injection("sd15_bg2fg", 14, **SHARING),
     injection("xl_transparent_attn", 15, **LOW_RANK),
