@@ -46,6 +46,7 @@ from training.harm import load_pair
 from training.trainer import parse, save_halves, train
 
 CONTROL_WIDTHS = (3, 32, 32, 64, 64, 128, 128, 256)  # of the control encoder; its last ones are those of the signal
+LORA_PAIRS = (("::lora::0", "::lora::1"), (".up.weight", ".down.weight"))  # how keys of up and down end
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of what stays as it is
 NEVER_IN_DIFFS = ("to_q", "to_k", "to_v", "time_embedding", "add_embedding")
@@ -249,8 +250,28 @@ KINDS: Mapping[str, Any] = {
 }
 
 
-def start_from(net: Any, path: Path, method: Method) -> None:
-    tensors = read_tensors(path)
+def at_most(rank: int, tensors: StateDict) -> StateDict:
+    """Low-rank additions of a higher rank as those of this rank that come nearest; everything else as it is."""
+    found = dict(tensors)
+    for up, down in LORA_PAIRS:
+        for key in tensors:
+            if key.endswith(up) and tensors[key].shape[1] > rank:
+                other = key.removesuffix(up) + down
+                found[key], found[other] = nearest(rank, tensors[key].float(), tensors[other].float())
+    return found
+
+
+def nearest(rank: int, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Whose product differs least from up @ down (Eckart, Young 1936)."""
+    (q_up, r_up), (q_down, r_down) = torch.linalg.qr(up), torch.linalg.qr(down.T)
+    left, values, right = torch.linalg.svd(r_up @ r_down.T)
+    root = values[:rank].sqrt()
+    return q_up @ left[:, :rank] * root, root[:, None] * (right[:rank] @ q_down.T)
+
+
+def start_from(net: Any, path: Path, method: Method, rank: int) -> None:
+    """Load a file of the method's weights; SystemExit where they are not of the shapes that the network has."""
+    tensors = at_most(rank, read_tensors(path))
     wanted, found = ({key: tuple(x.shape) for key, x in each.items()} for each in (net.tensors(), tensors))
     if differing := sorted(key for key in {*wanted, *found} if wanted.get(key) != found.get(key)):
         key = differing[0]
@@ -291,7 +312,7 @@ def make(settings: InjectionSettings, accelerator: Accelerator) -> tuple[Injecti
     )
     net = KINDS[method.key](pipeline.unet, settings, method).train()
     if settings.start:
-        start_from(net, Path(settings.start), method)
+        start_from(net, Path(settings.start), method, settings.rank)
     for weight in net.parameters():
         if not weight.requires_grad:
             weight.data = weight.data.to(PRECISIONS[settings.precision])

@@ -114,20 +114,42 @@ def test_training_goes_on_from_what_was_trained(method, tmp_path):
     file = tmp_path / method.weights
     save_halves(trained(method, pipeline_of(method.family)).tensors(), file)
     net = untrained(method, pipeline_of(method.family))
-    start_from(net, file, method)
+    start_from(net, file, method, rank=4)
     expected, found = load_file(file), net.tensors()
     assert found.keys() == expected.keys()
     for key, weight in expected.items():
         torch.testing.assert_close(found[key], weight.float(), rtol=0, atol=1e-6)
 
 
-def test_weights_of_another_rank_are_not_gone_on_from(tmp_path):
+@pytest.mark.parametrize(
+    ("key", "up", "down"), [("sd15_joint", ".up.", ".down."), ("xl_transparent_attn", "::0", "::1")]
+)
+def test_a_higher_rank_is_cut_to_what_comes_nearest(key, up, down, tmp_path):
+    """Here a lower rank in disguise, of which nothing is lost."""
+    method = find_method(key)
+    before = trained(method, pipeline_of(method.family)).tensors()
+    twice = {name: torch.cat([x, x], 1) / 2 if up in name else x for name, x in before.items()}
+    twice = {name: torch.cat([x, x]) if down in name else x for name, x in twice.items()}
+    torch.manual_seed(1)
+    turn = torch.linalg.qr(torch.randn(8, 8)).Q
+    twice = {name: x @ turn if up in name else turn.T @ x if down in name else x for name, x in twice.items()}
+    save_halves(twice, tmp_path / method.weights)
+    net = untrained(method, pipeline_of(method.family))
+    start_from(net, tmp_path / method.weights, method, rank=4)
+    found = net.tensors()
+    for name in before:
+        if up in name:
+            expected, product = (each[name] @ each[name.replace(up, down)] for each in (before, found))
+            torch.testing.assert_close(product, expected, rtol=0, atol=2e-3 * expected.abs().max().item())
+
+
+def test_weights_of_a_lower_rank_are_not_gone_on_from(tmp_path):
     method = find_method("sd15_joint")
     net = untrained(method, pipeline_of(method.family))
-    tensors = {key: torch.cat([x, x]) if "lora.0.down" in key else x for key, x in net.tensors().items()}
+    tensors = {key: x[:2] if "lora.0.down" in key else x for key, x in net.tensors().items()}
     save_halves(tensors, tmp_path / method.weights)
-    with pytest.raises(SystemExit, match=r"lora\.0\.down\.weight is \(4, \d+\), in the file it is \(8, \d+\)"):
-        start_from(net, tmp_path / method.weights, method)
+    with pytest.raises(SystemExit, match=r"lora\.0\.down\.weight is \(4, \d+\), in the file it is \(2, \d+\)"):
+        start_from(net, tmp_path / method.weights, method, rank=4)
 
 
 @pytest.mark.parametrize("key", ["sd15_fg2bg", "xl_transparent_attn", "xl_bgble2fg"])

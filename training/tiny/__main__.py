@@ -63,6 +63,11 @@ def injection(key: str, seed: int, name: str = "", **more: object) -> Stage:
     return Stage(name or key, "training.injection", options | {"batch": 16, "keep": 4000} | more)
 
 
+def after(name: str) -> dict[str, str]:
+    """The weights of a stage to go on from, which is named for its method and a number."""
+    return {"start": f"{{work}}/{name}/layer_{name[:-2]}.safetensors"}
+
+
 SHARING = {"rank": 16, "signal": 8, "rate": 1e-3, "steps": 2500}
 OFFSET = {"noise_offset": 0.1}  # else a frame's colours follow the mean of its own noise, which is not small at 16×16
 LOW_RANK = {"rank": 32, "rate": 1e-3, "steps": 4000}
@@ -106,10 +111,14 @@ STAGES = (
     base(Family.SD15, 4),
     base(Family.SDXL, 5),
     injection("sd15_transparent_attn", 11, **SHARING | {"steps": 4000}),
-    injection("sd15_joint", 12, name="sd15_joint_first", **SHARING),
-    injection("sd15_joint", 21, start="{work}/sd15_joint_first/layer_sd15_joint.safetensors", **SHARING | OFFSET),
-    injection("sd15_fg2bg", 13, **SHARING | {"steps": 1500}),
-    injection("sd15_bg2fg", 14, **SHARING),
+    injection("sd15_joint", 12, "sd15_joint_1", **SHARING),
+    injection("sd15_joint", 21, **after("sd15_joint_1"), **SHARING | OFFSET),
+    injection("sd15_fg2bg", 13, "sd15_fg2bg_1", **SHARING | OFFSET | {"steps": 1200}),
+    # A lower rank keeps the world within 40 MB.
+    injection("sd15_fg2bg", 24, **after("sd15_fg2bg_1"), **SHARING | OFFSET | {"steps": 600, "rank": 14}),
+    injection("sd15_bg2fg", 14, "sd15_bg2fg_1", **SHARING),
+    injection("sd15_bg2fg", 22, "sd15_bg2fg_2", **after("sd15_bg2fg_1"), **SHARING | OFFSET | {"steps": 1200}),
+    injection("sd15_bg2fg", 23, **after("sd15_bg2fg_2"), **SHARING | OFFSET | {"steps": 800}),
     injection("xl_transparent_attn", 15, **LOW_RANK),
     injection("xl_transparent_conv", 16, **WEIGHTS),
     injection("xl_fg2ble", 17, **WEIGHTS),
