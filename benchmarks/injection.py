@@ -43,6 +43,7 @@ FILES = (
     "vae_transparent_decoder",
 )
 PLAIN, OURS, EXISTING = "plain", "ours", "existing"
+AGAIN = "plain again"  # what it differs by from plain is what two runs of the same differ by
 MIB = 2**20
 SWITCH_STEPS = 4  # even: a switch in the middle falls between two of them
 SDXL_SIZE = 128
@@ -80,7 +81,8 @@ PLANS = {
 def running(installation: Installation, side: str, extensions: Mapping[str, Path]) -> Iterator[Forge]:
     name = f"benchmark-{side}"
     steps = data.root() / name / "steps.jsonl"
-    server = data.server(installation, name, {**extensions, "layerdiffuse-steps": PROBE}, {STEPS_VARIABLE: str(steps)})
+    environment = {STEPS_VARIABLE: str(steps)}
+    server = data.server(installation, name, {**extensions, "layerdiffuse-steps": PROBE}, environment, precision=())
     steps.write_text("", encoding="utf-8")
     with server:
         forge = Forge(server, steps, data.root() / name)
@@ -206,7 +208,7 @@ def first_jobs(found: Mapping[str, Sequence[FirstJobs]]) -> Iterator[Figure]:
 
 def sdxl(forge: Forge, plan: Plan) -> Iterator[Figure]:
     forge.use("sdxl")
-    sides = {PLAIN: {}} | {method: layerdiffuse(method) for method in plan.sdxl}
+    sides = {PLAIN: {}} | {method: layerdiffuse(method) for method in plan.sdxl} | {AGAIN: {}}
     size = {"width": SDXL_SIZE, "height": SDXL_SIZE}
     timed: dict[str, list[float]] = {side: [] for side in sides}
     used: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
@@ -214,9 +216,13 @@ def sdxl(forge: Forge, plan: Plan) -> Iterator[Figure]:
         for side, field in sides.items():
             timed[side] += seconds(job(forge, field, steps=1 + plan.timed_steps, **size))[1:]
             used[side].append(memory(forge))
-    ratios = [f"{method} / {PLAIN}" for method in plan.sdxl]
+    ratios = [f"{side} / {PLAIN}" for side in sides if side != PLAIN]
     name = f"SDXL, {SDXL_SIZE}x{SDXL_SIZE}"
-    yield figure(f"{name}: step", "s", timed, *ratios, demand=dict.fromkeys(ratios, 1.02))
+    demand = {f"{method} / {PLAIN}": 1.02 for method in plan.sdxl}
+    yield figure(f"{name}: step", "s", timed, *ratios, demand=demand)
+    counted = {side: job(forge, field, steps=2, counts=True, **size)[-1] for side, field in sides.items()}
+    giga = {side: [line["operations"] / 1e9] for side, line in counted.items()}
+    yield figure(f"{name}: operations of a step's products", "GFLOP", giga, *ratios)
     for kind in used[PLAIN][0]:
         of_kind = {side: [one[kind] for one in several] for side, several in used.items()}
         yield figure(f"{name}: {kind} memory after a job", "MiB", of_kind)

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw
 
@@ -19,12 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also from a c
 
 from lib_layerdiffuse.__main__ import WORLD_CFG, open_world, quieten
 from lib_layerdiffuse.images import over
-from lib_layerdiffuse.methods import Family, Layer
+from lib_layerdiffuse.methods import Family, Layer, find_method
 from lib_layerdiffuse.outputs import on_checkerboard
 from lib_layerdiffuse.request import Request
-
-if TYPE_CHECKING:
-    from lib_layerdiffuse.studio import Job, Studio
 
 SIZE = 128
 MARGIN, LINE = 8, 16  # pixels
@@ -41,50 +37,55 @@ BACKGROUNDS = ("a checked green and yellow background", "a cloudy blue and cyan 
 TOGETHER = "a soft cyan moon in the middle"
 BEHIND = "a striped purple and orange background"
 
+# Methods, with the layout of SD1.5 or of SDXL as their keys say
+ALONE = ("sd15_transparent_attn", "xl_transparent_attn", "xl_transparent_conv")
+FROM_WORDS = ("sd15_joint", "xl_everything")
+FROM_A_BACKGROUND = ("sd15_bg2fg", "xl_bg2blefg")
+
 Row = tuple[str, Sequence[tuple[str, Image.Image]]]  # its title; pictures with what is said of each
+Pictures = Mapping[Layer | None, Image.Image]
 
 
-def request(key: str, **more: object) -> Request:
-    found = Request.parse([{"method": key, **more}])
-    assert found is not None
-    return found
+class World:
+    """The tiny world's models."""
 
+    def __init__(self) -> None:
+        self.studios = {family: open_world(family) for family in Family}
+        for studio in self.studios.values():
+            studio.host.pipeline.set_progress_bar_config(disable=True)
 
-def job(prompt: str, seed: int) -> Job:
-    from lib_layerdiffuse.studio import Job  # and with it libraries that are to be quiet by then
+    def painted(self, prompt: str, seed: int, request: Request | None = None) -> Pictures:
+        from lib_layerdiffuse.studio import Job  # and with it libraries that are to be quiet by then
 
-    return Job(prompt, seed=seed, width=SIZE, height=SIZE, cfg=WORLD_CFG)
+        studio = self.studios[request.method.family if request else Family.SDXL]
+        [together] = studio.run(request, Job(prompt, seed=seed, width=SIZE, height=SIZE, cfg=WORLD_CFG))
+        return {made.layer: made.image for made in together}
+
+    def transparent(self, key: str) -> list[Image.Image]:
+        request = Request.parse([{"method": key}])
+        return [self.painted(prompt, 10 + i, request)[Layer.FG] for i, prompt in enumerate(TRANSPARENT)]
+
+    def layers(self, key: str, background: str, image: Image.Image | None = None) -> Row:
+        together = f"{TOGETHER} over {background}"
+        words = {"fg_prompt": TOGETHER, "bg_prompt": background, "blend_prompt": together}
+        made = self.painted("", 30, Request.parse([{"method": key, "bg_image": image, **words}]))
+        return f"{find_method(key).label}: {together}", shown(made if image is None else {Layer.BG: image, **made})
 
 
 def rows() -> list[Row]:
-    studio = open_world(Family.SDXL)
-    studio.host.pipeline.set_progress_bar_config(disable=True)
-    attention, conv = (
-        [studio.run(request(key), job(prompt, 10 + i))[0][0].image for i, prompt in enumerate(TRANSPARENT)]
-        for key in ("xl_transparent_attn", "xl_transparent_conv")
-    )
-    painted = [studio.run(None, job(prompt, 20))[0][0].image for prompt in BACKGROUNDS]
-    chain = layers(studio, request("xl_everything", **words(BEHIND)))
-    given = layers(studio, request("xl_bg2blefg", bg_image=painted[0], **words(BACKGROUNDS[0])))
+    world = World()
+    alone = {key: world.transparent(key) for key in ALONE}
+    behind = [world.painted(prompt, 20)[None] for prompt in BACKGROUNDS]
     said = [" ".join(prompt.split()[:4]) for prompt in TRANSPARENT]
     return [
-        ("Attention injection", list(zip(said, map(on_checkerboard, attention)))),
-        ("Conv injection", list(zip(said, map(on_checkerboard, conv)))),
-        ("The same on new backgrounds", [("", over(each, painted[i % 2])) for i, each in enumerate(conv)]),
-        (f"All layers from words: {TOGETHER} over {BEHIND}", shown(chain)),
-        (f"Layers for a background: {TOGETHER}", shown(given | {Layer.BG: painted[0]})),
+        *((find_method(key).label, list(zip(said, map(on_checkerboard, made)))) for key, made in alone.items()),
+        ("The same on new backgrounds", [("", over(each, behind[i % 2])) for i, each in enumerate(alone[ALONE[-1]])]),
+        *(world.layers(key, BEHIND) for key in FROM_WORDS),
+        *(world.layers(key, BACKGROUNDS[0], behind[0]) for key in FROM_A_BACKGROUND),
     ]
 
 
-def words(background: str) -> dict[str, str]:
-    return {"fg_prompt": TOGETHER, "bg_prompt": background, "blend_prompt": f"{TOGETHER} over {background}"}
-
-
-def layers(studio: Studio, asked: Request) -> dict[Layer, Image.Image]:
-    return {made.layer: made.image for made in studio.run(asked, job("", 30))[0] if made.layer}
-
-
-def shown(made: Mapping[Layer, Image.Image]) -> list[tuple[str, Image.Image]]:
+def shown(made: Pictures) -> list[tuple[str, Image.Image]]:
     foreground, background, blend = (made[layer] for layer in Layer)
     return [
         ("foreground", on_checkerboard(foreground)),

@@ -65,15 +65,14 @@ OPTIONS = {
 }
 PROBE_VARIABLE = "LAYERDIFFUSE_PROBE"
 RECORDING_VARIABLE = "LAYERDIFFUSE_PROBE_RECORDING"
-# Weights in half precision keep SDXL within 16 GB; computing stays in single precision on a CPU.
 SERVER_ARGUMENTS = (
-    "--unet-in-fp16",
     "--disable-console-progressbars",
     "--server-name",
     "127.0.0.1",
     "--loglevel",
     "INFO",
 )
+HALF = ("--unet-in-fp16",)  # keeps SDXL within 16 GB; computing stays in single precision on a CPU
 START_LIMIT_S = 600  # 15 on an idle machine of two cores, ten times that on a busy one
 # Threads that wait for work sleep: spinning takes the cores, on a busy machine, from threads that have some.
 BUSY_MACHINE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
@@ -110,6 +109,7 @@ def server(
     extensions: Mapping[str, Path],
     environment: Mapping[str, str] = {},
     arguments: Sequence[str] = (),
+    precision: Sequence[str] = HALF,
 ) -> Server:
     """A server that is not started yet, with the probe and the given extensions and no others."""
     folder = root() / name
@@ -118,7 +118,7 @@ def server(
         link(source, folder / "extensions" / link_name)
     (folder / "config.json").write_text(json.dumps(OPTIONS, indent=4), encoding="utf-8")
     probe_file(name).write_text("", encoding="utf-8")
-    arguments = ("--data-dir", str(folder), "--models-dir", str(models()), *SERVER_ARGUMENTS, *arguments)
+    arguments = ("--data-dir", str(folder), "--models-dir", str(models()), *SERVER_ARGUMENTS, *precision, *arguments)
     environment = {PROBE_VARIABLE: str(probe_file(name)), **BUSY_MACHINE, **environment}
     return Server(installation, folder / "forge.log", arguments, environment, START_LIMIT_S)
 

@@ -23,7 +23,7 @@ from training.scenes import COLOURS, layers, to_image
 STEPS = 15  # with a single pass of the decoder: little is lost, and much time saved
 FEW = range(16)
 SEEN = 0.15  # the share of colour from which a pixel belongs to a shape: glass may have as little as 0.2
-ALONE = ("xl_transparent_attn", "xl_transparent_conv")
+ALONE = ("sd15_transparent_attn", "xl_transparent_attn", "xl_transparent_conv")
 
 
 @cache
@@ -111,7 +111,7 @@ def test_glass_and_glow_are_neither_opaque_nor_gone(key):
     seen = {material: torch.cat(of_all) for material, of_all in found.items()}
     for material in ("glass", "glowing"):
         assert ((seen[material] > 0.1) & (seen[material] < 0.9)).float().mean() >= 0.7
-        assert seen[material].quantile(0.75) <= 0.65
+        assert seen[material].quantile(0.75) <= 0.75
     assert seen["solid"].quantile(0.75) >= 0.85
 
 
@@ -141,7 +141,7 @@ def layered(key, index):
     return {each.layer: each.image for each in together} | given
 
 
-@pytest.mark.parametrize("key", ["xl_everything"])
+@pytest.mark.parametrize("key", ["sd15_joint", "xl_everything"])
 def test_layers_belong_together(key):
     """The foreground over the background is the blend that the model painted."""
     found = [layered(key, index) for index in range(6)]
@@ -149,7 +149,7 @@ def test_layers_belong_together(key):
     assert fmean(psnr(from_pil(a), from_pil(b[Layer.BLEND])) for a, b in zip(composed, found)) >= 24
 
 
-@pytest.mark.parametrize("key", ["xl_bg2blefg"])
+@pytest.mark.parametrize("key", ["sd15_bg2fg", "xl_bg2blefg"])
 def test_what_is_made_for_a_background_follows_it(key):
     """Of all backgrounds given, each blend comes nearest to its own."""
     found = [layered(key, index) for index in range(6)]
