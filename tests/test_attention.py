@@ -19,6 +19,7 @@ def test_the_numbers_of_torchs_own(queries, keys, monkeypatch):
     """However many of each are taken at once."""
     monkeypatch.setattr(attention, "KEYS", keys)
     monkeypatch.setattr(attention, "SCORES", attention.HEADS * keys * queries)
+    monkeypatch.setattr(attention, "LINE", 1)
     q, k, v = random_qkv()
     expected = F.scaled_dot_product_attention(q, k, v)
     monkeypatch.setattr(F, "scaled_dot_product_attention", None)  # not by falling back
