@@ -13,18 +13,20 @@ import json
 import math
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import measure
 from benchmarks.figures import Figure, figure, write
-from lib_layerdiffuse.nets.decoder import TransparentDecoder
+from lib_layerdiffuse.nets.decoder import HEAD_DIM, TransparentDecoder
 from lib_layerdiffuse.nets.strips import StripDecoder
 from lib_layerdiffuse.vae import ORIENTATIONS, PASSES, TransparentVAE
 from tests.reference import RELEASED_WIDTHS, ReferenceDecoder, random_state_dict
@@ -33,6 +35,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.float16 if DEVICE.type == "cuda" else torch.bfloat16
 Size = tuple[int, int]  # width, height
 REFERENCE, OURS, OURS_HALF = "reference", "ours", f"ours {str(HALF).removeprefix('torch.')}"
+# Half precision where it is fast: elsewhere processors take a hundred times as long.
+PRECISIONS = {OURS: torch.float32} | ({OURS_HALF: HALF} if DEVICE.type == "cuda" or measure.has_bfloat16() else {})
 # At most, of the reference's time: 2.2 times as fast on a processor, 4 times in half precision or on a GPU.
 DEMANDS = {f"{OURS} / {REFERENCE}": 1 / 2.2 if DEVICE.type == "cpu" else 1 / 4, f"{OURS_HALF} / {REFERENCE}": 1 / 4}
 
@@ -85,30 +89,49 @@ def makers() -> dict[str, Callable[[], Callable[..., Tensor]]]:
     def reference() -> Callable[..., Tensor]:
         return partial(reference_decode, networks()[0])
 
-    sides = {REFERENCE: reference, OURS: partial(ours, torch.float32)}
-    half_is_fast = DEVICE.type == "cuda" or measure.has_bfloat16()
-    return sides | ({OURS_HALF: partial(ours, HALF)} if half_is_fast else {})
+    return {REFERENCE: reference} | {side: partial(ours, dtype) for side, dtype in PRECISIONS.items()}
 
 
-def counted(width: int, height: int) -> tuple[int, int]:
-    """Operations of one pass, and the bytes of what its convolutions and products read and write, float32."""
-    with torch.device("meta"):
-        net = ReferenceDecoder(RELEASED_WIDTHS)
-        rgb, latent = torch.empty(1, 3, height, width), torch.empty(1, 4, height // 8, width // 8)
-    numbers: list[int] = []
-    for layer in net.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            layer.register_forward_hook(lambda _, args, answer: numbers.append(args[0].numel() + answer.numel()))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(rgb, latent)
-    return counter.get_total_flops(), 4 * (sum(numbers) + sum(x.numel() for x in net.parameters()))
+class Work(NamedTuple):
+    """What a pass has to do."""
 
+    operations: int  # of its products, without those of scores with queries, keys and values
+    scores: int  # of attention
+    activations: int  # numbers through SiLU
+    numbers: int  # that its convolutions and products read and write, weights included
 
-def limit(about: dict[str, Any], dtype: torch.dtype, width: int, height: int) -> float:
-    """Seconds of a pass that nobody gets below: operations at the rate of a product, or bytes at that of a copy."""
-    operations, moved = counted(width, height)
-    by_operations = operations / about["operations per second"][str(dtype).removeprefix("torch.")]
-    return max(by_operations, moved * dtype.itemsize / 4 / about["bytes per second"])
+    @classmethod
+    def counted(cls, width: int, height: int) -> Work:
+        with torch.device("meta"):
+            net = ReferenceDecoder(RELEASED_WIDTHS)
+            rgb, latent = torch.empty(1, 3, height, width), torch.empty(1, 4, height // 8, width // 8)
+        found: Counter[str] = Counter(numbers=sum(x.numel() for x in net.parameters()))
+        for layer in net.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                layer.register_forward_hook(lambda _, x, y: found.update(numbers=x[0].numel() + y.numel()))
+            if isinstance(layer, nn.SiLU):
+                layer.register_forward_hook(lambda _, x, y: found.update(activations=y.numel()))
+            if isinstance(layer, Attention):
+                layer.to_q.register_forward_hook(
+                    lambda _, x, q: found.update(scores=q.numel() * q.shape[1] // HEAD_DIM)
+                )
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            net(rgb, latent)
+        return cls(operations=counter.get_total_flops() - 4 * HEAD_DIM * found["scores"], **found)
+
+    def least_seconds(self, about: dict[str, Any], dtype: torch.dtype) -> float:
+        """That nobody gets below: all of it at the best rates of this machine, or its bytes at that of a copy.
+
+        On a GPU, scores count as operations, and activations as nothing.
+        """
+        rates = {
+            what: max(of_each[precision] for precision in ("float32", str(dtype).removeprefix("torch.")))
+            for what in ("operations", "scores", "activations")
+            if (of_each := about.get(f"{what} per second"))
+        }
+        rates.setdefault("scores", rates["operations"] / (4 * HEAD_DIM))
+        computing = sum(getattr(self, what) / per_second for what, per_second in rates.items())
+        return max(computing, self.numbers * dtype.itemsize / about["bytes per second"])
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
@@ -129,6 +152,7 @@ def speed(about: dict[str, Any], sizes: dict[Size, tuple[int, ...]]) -> Iterator
     decoders = {side: make() for side, make in makers().items()}
     for (width, height), counts in sizes.items():
         rgb, latent = picture(width, height)
+        work = Work.counted(width, height)
         for passes in counts:
             answers: dict[str, Tensor] = {}
             works = {
@@ -136,9 +160,7 @@ def speed(about: dict[str, Any], sizes: dict[Size, tuple[int, ...]]) -> Iterator
                 for side, decode in decoders.items()
             }
             samples = measure.interleaved(works, rounds=3 if passes <= 2 else 2, warm_up=passes == 1)
-            limits = {OURS: passes * limit(about, torch.float32, width, height)}
-            if OURS_HALF in decoders:
-                limits[OURS_HALF] = passes * limit(about, HALF, width, height)
+            limits = {side: passes * work.least_seconds(about, dtype) for side, dtype in PRECISIONS.items()}
             yield figure(
                 f"decode {width}x{height}, {passes} passes",
                 "s",
@@ -220,7 +242,7 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(one(*arguments.one)))
     else:
-        about = measure.machine(DEVICE, (torch.float32, HALF))
+        about = measure.machine(DEVICE, PRECISIONS.values(), HEAD_DIM)
         found: list[Figure] = []
         for each in figures(about, arguments.full):
             found.append(each)

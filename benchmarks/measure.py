@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,28 @@ def rate(dtype: torch.dtype, device: torch.device, side: int = 4096, rounds: int
     return 2 * side**3 / min(interleaved({"product": lambda: a @ b}, rounds)["product"])
 
 
+def score_rate(dtype: torch.dtype, inner: int, heads: int = 4, tokens: int = 4096, queries: int = 128) -> float:
+    """Scores of attention per second on a processor, the best of some: both products, thin as heads are, and 2^x.
+
+    So few queries at once that the scores stay in a cache.
+    """
+    some, scores = torch.randn(heads, inner, queries).to(dtype), torch.empty(heads, tokens, queries).to(dtype)
+    keys, values = torch.randn(heads, tokens, inner).to(dtype), torch.randn(heads, inner, tokens).to(dtype)
+    parts = {
+        "scores": lambda: torch.bmm(keys, some, out=scores),
+        "weights": lambda: scores.exp2_(),
+        "answers": lambda: torch.bmm(values, scores),
+    }
+    return scores.numel() / sum(min(taken) for taken in interleaved(parts, 20).values())
+
+
+def activation_rate(dtype: torch.dtype, numbers: int = 2**20) -> float:
+    """Numbers per second that a processor activates (SiLU) in a cache, the best of some."""
+    x = torch.randn(numbers).to(dtype)
+    y = torch.empty_like(x)
+    return numbers / min(interleaved({"silu": lambda: torch.ops.aten.silu.out(x, out=y)}, 20)["silu"])
+
+
 def bandwidth(device: torch.device, numbers: int = 2**27, rounds: int = 5) -> float:
     """Bytes per second of a copy, read and written, the best of some."""
     source = torch.zeros(numbers, device=device)
@@ -79,11 +101,18 @@ def bandwidth(device: torch.device, numbers: int = 2**27, rounds: int = 5) -> fl
     return 2 * 4 * numbers / min(interleaved({"copy": lambda: target.copy_(source)}, rounds)["copy"])
 
 
-def machine(device: torch.device, dtypes: Sequence[torch.dtype]) -> dict[str, Any]:
+def machine(device: torch.device, dtypes: Collection[torch.dtype], head_dim: int) -> dict[str, Any]:
+    """What it is, and its rates in each precision; of a processor also those beside plain products."""
+    rates: dict[str, Callable[[torch.dtype], float]] = {"operations": lambda dtype: rate(dtype, device)}
+    if device.type == "cpu":
+        rates |= {"scores": lambda dtype: score_rate(dtype, head_dim), "activations": activation_rate}
     return {
-        "processor": f"{processor()}, {torch.get_num_threads()} threads",
+        "processor": f"{processor()} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads",
         "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "operations per second": {str(dtype).removeprefix("torch."): rate(dtype, device) for dtype in dtypes},
         "bytes per second": bandwidth(device),
+        **{
+            f"{what} per second": {str(dtype).removeprefix("torch."): found(dtype) for dtype in dtypes}
+            for what, found in rates.items()
+        },
     }
