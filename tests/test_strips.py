@@ -11,7 +11,15 @@ from torch.nn import functional as F
 from lib_layerdiffuse import vae
 from lib_layerdiffuse.nets import strips, winograd
 from lib_layerdiffuse.nets.decoder import TransparentDecoder
-from lib_layerdiffuse.nets.strips import FeatureMap, Moments, StripDecoder, normalisation, upsampling_weights
+from lib_layerdiffuse.nets.scratch import Scratch
+from lib_layerdiffuse.nets.strips import (
+    FeatureMap,
+    Moments,
+    StripDecoder,
+    convolve_as_product,
+    normalisation,
+    upsampling_weights,
+)
 
 WIDTHS = (8, 8, 16, 16, 24, 24, 32)  # none of the levels alike, so that joined channels fall on both sides of a group
 
@@ -36,6 +44,7 @@ def strip_bytes(request, monkeypatch):
 def in_tiles(request, monkeypatch):
     if request.param:
         monkeypatch.setattr(strips, "WORTH_TILES", 1)
+        monkeypatch.setattr(strips, "WORTH_LARGE_TILES", 1)
         monkeypatch.setattr(strips, "WORTH_KERNEL", 1)
     convolve = Mock(wraps=winograd.convolve)
     monkeypatch.setattr(winograd, "convolve", convolve)
@@ -118,6 +127,16 @@ def test_maps_may_be_in_half_precision(net, precision):
     answer = StripDecoder(half)(rgb, latent)
     assert answer.dtype == precision
     torch.testing.assert_close(answer.float(), net(rgb, latent), rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@torch.no_grad()
+def test_a_convolution_as_a_product_of_matrices(stride):
+    conv = nn.Conv2d(5, 7, 3, stride)
+    x = torch.randn(2, 5, 9, 13).contiguous(memory_format=torch.channels_last)
+    answer = convolve_as_product(x, conv.weight, conv.bias, stride, Scratch())
+    assert answer.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(answer, conv(x), rtol=0, atol=1e-5)
 
 
 @torch.no_grad()

@@ -8,7 +8,10 @@ from lib_layerdiffuse.nets import winograd
 from lib_layerdiffuse.nets.scratch import Scratch
 
 
-@pytest.mark.parametrize(("batch", "width_in", "width_out", "height", "width"), [(1, 5, 7, 4, 4), (2, 16, 8, 12, 20)])
+@pytest.mark.parametrize(
+    ("batch", "width_in", "width_out", "height", "width"),
+    [(1, 5, 7, 4, 4), (2, 16, 8, 12, 20), (2, 8, 5, 6, 9)],  # the last: sides that do not end with a tile
+)
 def test_the_numbers_of_a_direct_convolution(batch, width_in, width_out, height, width):
     scratch = Scratch()
     weights, bias = torch.randn(width_out, width_in, 3, 3) / (9 * width_in) ** 0.5, torch.randn(width_out)

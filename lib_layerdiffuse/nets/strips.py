@@ -23,9 +23,10 @@ from lib_layerdiffuse.nets.decoder import HEAD_DIM, LATENT_LEVEL, TransparentDec
 from lib_layerdiffuse.nets.scratch import Scratch
 from lib_layerdiffuse.tensors import Argb, Latent, Rgb
 
-STRIP_BYTES = 4 * 2**20  # of a layer's input or output, float32: stays in the second and third cache of two cores
+STRIP_BYTES = 8 * 2**20  # of a layer's input or output, float32: stays in the last cache
 WORTH_TILES = 128  # channels; with fewer, Winograd's way with the tiles takes what it saves
-WORTH_KERNEL = 512  # pixels of a map; with fewer, its way with the kernel does
+WORTH_LARGE_TILES = 512  # the same where the picture is enlarged first, and could be convolved while it is small
+WORTH_KERNEL = 256  # pixels of a map; with fewer, its way with the kernel takes more than convolving does
 
 
 class FeatureMap(NamedTuple):
@@ -101,6 +102,16 @@ def upsampling_weights(weights: Tensor) -> Tensor:
     return channels_last(torch.cat(four).to(weights.dtype))
 
 
+def convolve_as_product(x: Tensor, weights: Tensor, bias: Tensor, stride: int, scratch: Scratch) -> Tensor:
+    """`F.conv2d` as one product of matrices, in scratch memory: for few pixels, weights take longest to rearrange."""
+    width_out, width_in, _, _ = weights.shape
+    windows = x.unfold(2, 3, stride).unfold(3, 3, stride).permute(0, 2, 3, 1, 4, 5)  # -> [B, H, W, in, 3, 3]
+    batch, height, width = windows.shape[:3]
+    columns = scratch("gathered", *windows.shape).copy_(windows).view(-1, 9 * width_in)
+    answer = torch.addmm(bias, columns, weights.flatten(1).T, out=scratch("answer", len(columns), width_out))
+    return answer.view(batch, height, width, width_out).permute(0, 3, 1, 2)
+
+
 class StripDecoder:
     """Answers as `net` does; keeps the memory of its maps for the next picture.
 
@@ -123,7 +134,9 @@ class StripDecoder:
     def __call__(self, rgb: Rgb, latent: Latent) -> Argb:
         """The raw answer, not clipped to [0, 1], in storage."""
         net: Any = self.net
-        x = self._convolve([self._whole(rgb)], net.conv_in)
+        pixels = self._whole(rgb)
+        x = self._convolve([pixels], net.conv_in)
+        self._give_back(pixels)
         skips = [x]
         for level, block in enumerate(net.down_blocks):
             if level == LATENT_LEVEL:
@@ -141,7 +154,9 @@ class StripDecoder:
                 x = self._attend(self._resnet([x, skips.pop()], resnet, last_use=True), attention)
             for upsample in block.upsamplers:
                 x = self._upsample(x, upsample.conv)
-        return self._convolve([x], net.conv_out, net.conv_norm_out).values
+        answer = self._convolve([x], net.conv_out, net.conv_norm_out).values
+        self._give_back(x)
+        return answer
 
     # --- layers ---
 
@@ -165,7 +180,7 @@ class StripDecoder:
         """A 3×3 convolution of the sources, joined in channels; first normalised and activated, if `norm` is given."""
         batch, _, height, width = sources[0].values.shape
         normalising = normalisation(sources, norm) if norm else None
-        convolve = self._convolution(conv, stride, height, width)
+        convolve = self._convolution(conv, stride, batch * height * width)
 
         def strip(top: int, bottom: int) -> Tensor:
             y = convolve(self._read(sources, top * stride - 1, (bottom - 1) * stride + 2, normalising))
@@ -176,14 +191,16 @@ class StripDecoder:
         shape = batch, conv.out_channels, height // stride, width // stride
         return self._by_strips(shape, strip, widest=stride**2 * conv.in_channels)
 
-    def _convolution(self, conv: Any, stride: int, height: int, width: int) -> Callable[[Tensor], Tensor]:
-        """What convolves a strip of a map of this size, and answers in the maps' precision."""
-        weights, bias = channels_last(conv.weight), conv.bias
-        in_tiles = stride == 1 and height % winograd.TILE == width % winograd.TILE == 0
-        worth_it = min(weights.shape[:2]) >= WORTH_TILES and height * width >= WORTH_KERNEL
-        if in_tiles and worth_it and self._floats_on_cpu and weights.dtype == torch.float32:
-            kernel = winograd.turned(weights, self._scratch)
-            return lambda x: winograd.convolve(x, kernel, bias, self._scratch)
+    def _convolution(self, conv: Any, stride: int, pixels: int) -> Callable[[Tensor], Tensor]:
+        """What convolves a strip of a map that has so many pixels, and answers in the maps' precision."""
+        weights, bias = conv.weight, conv.bias
+        if self._floats_on_cpu and weights.dtype == torch.float32:
+            if stride == 1 and min(weights.shape[:2]) >= WORTH_TILES and pixels >= WORTH_KERNEL:
+                kernel = winograd.turned(weights, self._scratch)
+                return lambda x: winograd.convolve(x, kernel, bias, self._scratch)
+            if pixels < WORTH_KERNEL:
+                return lambda x: convolve_as_product(x, weights, bias, stride, self._scratch)
+        weights = channels_last(weights)
         return lambda x: channels_last(F.conv2d(x, weights, bias, stride).to(self.precision))
 
     def _add_shortcut(self, y: Tensor, sources: Sequence[FeatureMap], conv: Any, top: int, bottom: int) -> None:
@@ -199,22 +216,33 @@ class StripDecoder:
     def _upsample(self, source: FeatureMap, conv: Any) -> FeatureMap:
         """Twice the size, each pixel four times, then convolved."""
         batch, channels, height, width = source.values.shape
-        weights, bias = upsampling_weights(conv.weight), conv.bias.repeat(4)
+        enlarge = self._enlargement(conv, 4 * batch * height * width)
 
         def strip(top: int, bottom: int) -> Tensor:
-            small_top, small_bottom = top // 2, bottom // 2
-            rows = small_bottom - small_top
-            four = F.conv2d(self._read([source], small_top - 1, small_bottom + 1), weights, bias)
-            y = torch.empty(batch, bottom - top, 2 * width, channels, dtype=self.precision, device=self.device)
-            y = y.permute(0, 3, 1, 2)
-            for index, part in enumerate(four.chunk(4, dim=1)):
-                row, column = divmod(index, 2)
-                y[:, :, row::2, column::2] = part[:, :, row : row + rows, column : column + width]
-            return y
+            return enlarge(self._read([source], top // 2 - 1, bottom // 2 + 1))
 
         answer = self._by_strips((batch, channels, 2 * height, 2 * width), strip)
         self._give_back(source)
         return answer
+
+    def _enlargement(self, conv: Any, pixels: int) -> Callable[[Tensor], Tensor]:
+        """What enlarges and convolves a strip, for an answer that has so many pixels."""
+        if self._floats_on_cpu and conv.out_channels >= WORTH_LARGE_TILES:
+            convolve = self._convolution(conv, 1, pixels)
+            return lambda small: convolve(F.interpolate(small, scale_factor=2.0)[:, :, 1:-1, 1:-1])
+        weights, bias = upsampling_weights(conv.weight), conv.bias.repeat(4)
+
+        def four_in_one(small: Tensor) -> Tensor:
+            batch, channels, rows, columns = small.shape
+            height, width = rows - 2, columns - 2
+            y = torch.empty(batch, 2 * height, 2 * width, channels, dtype=self.precision, device=self.device)
+            y = y.permute(0, 3, 1, 2)
+            for index, part in enumerate(F.conv2d(small, weights, bias).chunk(4, dim=1)):
+                row, column = divmod(index, 2)
+                y[:, :, row::2, column::2] = part[:, :, row : row + height, column : column + width]
+            return y
+
+        return four_in_one
 
     def _attend(self, source: FeatureMap, attention: Any) -> FeatureMap:
         """The source with its attention added, where the block has one."""

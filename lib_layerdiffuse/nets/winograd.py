@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lib_layerdiffuse.nets.scratch import Scratch
 
@@ -47,20 +48,27 @@ def turned(weights: Tensor, scratch: Scratch) -> Tensor:
 def convolve(x: Tensor, kernel: Tensor, bias: Tensor, scratch: Scratch) -> Tensor:
     """Without padding: [B, in, H + 2, W + 2] -> [B, out, H, W], channels last, in scratch memory.
 
-    H and W are multiples of TILE, everything is float32. kernel: from `turned`.
+    Everything is float32. kernel: from `turned`.
     """
-    batch, width_in, height, width = x.shape
-    width_out, down, across = kernel.shape[2], (height - 2) // TILE, (width - 2) // TILE
+    batch, width_in = x.shape[:2]
+    height, width = x.shape[2] - 2, x.shape[3] - 2
+    if height % TILE or width % TILE:
+        x = F.pad(x, (0, -width % TILE, 0, -height % TILE))
+    width_out, down, across = kernel.shape[2], -(-height // TILE), -(-width // TILE)
     over_b, over_c, over_h, over_w = x.stride()
     tiles = x.as_strided(
         (REACH, REACH, batch, down, across, width_in), (over_h, over_w, over_b, TILE * over_h, TILE * over_w, over_c)
     )
     count = batch * down * across
-    gathered = scratch("gathered", *tiles.shape).copy_(tiles).view(POINTS, -1)
-    factors = torch.mm(OF_TILE, gathered, out=scratch("factors", POINTS, count * width_in))
-    products = scratch("products", POINTS, count, width_out)
-    torch.bmm(factors.view(POINTS, count, width_in), kernel, out=products)
-    pixels = torch.mm(OF_ANSWER, products.flatten(1), out=scratch("pixels", TILE**2, count * width_out))
-    ordered = pixels.view(TILE, TILE, batch, down, across, width_out).permute(2, 3, 0, 4, 1, 5)
+    room = count | 1  # rows of an even number of tiles begin at the same lines of a cache, and drive each other out
+    gathered = scratch("gathered", POINTS, room, width_in)
+    gathered[:, :count].view(tiles.shape).copy_(tiles)
+    factors = torch.mm(OF_TILE, gathered.flatten(1), out=scratch("factors", POINTS, room * width_in))
+    products = scratch("products", POINTS, room, width_out)
+    torch.bmm(factors.view_as(gathered), kernel, out=products)
+    pixels = torch.mm(OF_ANSWER, products.flatten(1), out=scratch("pixels", TILE**2, room * width_out))
+    ordered = pixels.view(TILE**2, room, width_out)[:, :count].view(TILE, TILE, batch, down, across, width_out)
+    ordered = ordered.permute(2, 3, 0, 4, 1, 5)
     answer = torch.add(ordered, bias, out=scratch("answer", *ordered.shape))
-    return answer.view(batch, down * TILE, across * TILE, width_out).permute(0, 3, 1, 2)
+    answer = answer.view(batch, down * TILE, across * TILE, width_out)[:, :height, :width]
+    return answer.contiguous().permute(0, 3, 1, 2)
