@@ -151,6 +151,7 @@ class TransparentVAE:
                 answers.append(orientation.undo(answer)[..., :height, :width].float().clamp(0, 1))
                 if on_pass is not None and not on_pass(len(answers), passes):
                     return median(answers).to(rgb.device)
+        del network  # and the memory of its maps, before the median takes as much as all answers
         return median(answers).to(rgb.device)
 
     def _network(self, pixels: Tensor, weight: Tensor) -> InParts:

@@ -84,6 +84,18 @@ def test_the_released_widths(monkeypatch):
 
 
 @torch.no_grad()
+def test_the_largest_maps_are_kept_for_the_next_picture(net):
+    decoder = StripDecoder(net)
+    rgb, latent = random_input()
+    decoder(rgb, latent)
+    free = decoder._free[WIDTHS[0] * rgb[0, 0].numel()]
+    kept = list(free)  # held here, so that fresh memory has other addresses
+    decoder(rgb, latent)
+    assert kept
+    assert {each.data_ptr() for each in free} == {each.data_ptr() for each in kept}
+
+
+@torch.no_grad()
 def test_the_next_picture_finds_nothing_of_the_last(net):
     decoder = StripDecoder(net)
     first = decoder(*random_input(seed=1))

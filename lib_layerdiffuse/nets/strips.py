@@ -23,7 +23,7 @@ from lib_layerdiffuse.nets.decoder import HEAD_DIM, LATENT_LEVEL, TransparentDec
 from lib_layerdiffuse.nets.scratch import Scratch
 from lib_layerdiffuse.tensors import Argb, Latent, Rgb
 
-STRIP_BYTES = 4 * 2**20  # of a layer's input or output, float32: stays in the second and third cache of two cores
+STRIP_BYTES = 8 * 2**20  # of a layer's input or output, float32: stays in the last cache
 WORTH_TILES = 128  # channels; with fewer, Winograd's way with the tiles takes what it saves
 WORTH_LARGE_TILES = 512  # the same where the picture is enlarged first, and could be convolved while it is small
 WORTH_KERNEL = 256  # pixels of a map; with fewer, its way with the kernel takes more than convolving does

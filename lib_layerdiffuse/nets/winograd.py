@@ -46,9 +46,9 @@ def turned(weights: Tensor, scratch: Scratch) -> Tensor:
 
 
 def convolve(x: Tensor, kernel: Tensor, bias: Tensor, scratch: Scratch) -> Tensor:
-    """Without padding: [B, in, H + 2, W + 2] -> [B, out, H, W], channels last, in scratch memory.
+    """Without padding: [B, in, H + 2, W + 2] -> [B, out, H, W], channels last.
 
-    Everything is float32. kernel: from `turned`.
+    Everything is float32; the answer lies in scratch memory if TILE divides H and W. kernel: from `turned`.
     """
     batch, width_in = x.shape[:2]
     height, width = x.shape[2] - 2, x.shape[3] - 2
