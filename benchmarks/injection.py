@@ -6,7 +6,7 @@ FORGE_DIR names the Forge (see tools/forge.py). UPSTREAM_DIR, a checkout of llly
 the comparison, in a second server of the same Forge. One server works at a time, and requests alternate between the
 sides, so that what else the machine does meets all of them alike.
 
-Forge's own webui.sh preloads TCMalloc on Linux where it is installed; here LD_PRELOAD=libtcmalloc_minimal.so.4 does.
+On Linux freed memory stays with the process, as with TCMalloc, which Forge's own webui.sh preloads.
 
 The sides are "plain" (LayerDiffuse off), "ours", "existing" (the other extension), SDXL methods, or ways of switching;
 what a figure is, figures.py says.
@@ -70,7 +70,7 @@ PLANS = {
         {(256, "one frame"): 3, (256, "three frames"): 2, (512, "one frame"): 2, (512, "three frames"): 1},
         2,
         (SDXL_ATTENTION, SDXL_CONV),
-        5,
+        10,
         2,
     ),
 }
@@ -285,7 +285,6 @@ def machine(installation: Installation) -> dict:
         "gpu": gpu or None,
         "torch": torch,
         "forge": installation.commit,
-        "memory allocator": Path(os.environ.get("LD_PRELOAD", "")).name or "the C library's",
     }
 
 
