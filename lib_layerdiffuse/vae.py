@@ -138,6 +138,16 @@ class TransparentVAE:
         if passes not in PASSES:
             raise ValueError(f"passes is {passes}, expected one of {PASSES}")
         check_sizes(rgb, latent)
+        return median(self._answers(rgb, latent, ORIENTATIONS[:passes], on_pass)).to(rgb.device)
+
+    def _answers(
+        self,
+        rgb: Rgb,
+        latent: Latent,
+        orientations: Sequence[Orientation],
+        on_pass: Callable[[int, int], bool] | None,
+    ) -> list[Tensor]:
+        """Argb of each pass. The network's maps go with this call, before the median takes as much as all answers."""
         height, width = rgb.shape[2:]
         weight = next(self.decoder.parameters(), rgb)
         pixels = pad_to_multiple(rgb.float(), DECODER_STRIDE).to(weight.device)
@@ -145,14 +155,13 @@ class TransparentVAE:
         network = self._network(pixels, weight)
 
         answers: list[Tensor] = []
-        for group in in_groups(ORIENTATIONS[:passes], height == width, max(1, network.at_once // len(rgb))):
+        for group in in_groups(orientations, height == width, max(1, network.at_once // len(rgb))):
             raw = network(*(torch.cat([each.apply(x) for each in group]) for x in (pixels, cells)))
             for orientation, answer in zip(group, raw.chunk(len(group))):
                 answers.append(orientation.undo(answer)[..., :height, :width].float().clamp(0, 1))
-                if on_pass is not None and not on_pass(len(answers), passes):
-                    return median(answers).to(rgb.device)
-        del network  # and the memory of its maps, before the median takes as much as all answers
-        return median(answers).to(rgb.device)
+                if on_pass is not None and not on_pass(len(answers), len(orientations)):
+                    return answers
+        return answers
 
     def _network(self, pixels: Tensor, weight: Tensor) -> InParts:
         """The decoder in the form that suits its device: on a processor in strips, elsewhere in strips if it must."""
