@@ -107,7 +107,7 @@ def seconds(lines: Sequence[dict]) -> list[float]:
 
 
 def memory(forge: Forge) -> dict[str, float]:
-    """MiB of the server's own memory, and of files that it has mapped; nothing but on Linux."""
+    """MiB of the server's own memory, freed or not, and of files that it has mapped; nothing but on Linux."""
     rollup = Path(f"/proc/{forge.server.process.pid}/smaps_rollup")
     if not rollup.exists():
         return {}

@@ -1,5 +1,7 @@
 """Decode and encode around tiny random networks, against the formulas written out plainly in numpy."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -163,6 +165,25 @@ def test_on_pass_stops_and_the_median_is_over_those_done(decoder, stop_after):
     rgba = TransparentVAE(decoder).decode(rgb, latent, on_pass=lambda done, total: done < stop_after)
     expected = plain_decode(decoder, rgb, latent, stop_after)
     torch.testing.assert_close(rgba, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stop_after", [1, 8])
+def test_the_networks_maps_are_gone_when_the_median_is_taken(decoder, monkeypatch, stop_after):
+    made, left = [], []
+
+    class Watched(vae.StripDecoder):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            made.append(weakref.ref(self))
+
+    def median(answers, whole=vae.median):
+        left.extend(network() for network in made)
+        return whole(answers)
+
+    monkeypatch.setattr(vae, "StripDecoder", Watched)
+    monkeypatch.setattr(vae, "median", median)
+    TransparentVAE(decoder).decode(*random_input(64, 64), on_pass=lambda done, total: done < stop_after)
+    assert left == [None]
 
 
 OUT_OF_MEMORY_ERRORS = {
