@@ -67,7 +67,7 @@ PLANS = {
     "quick": Plan(1, {(256, "one frame"): 2, (256, "three frames"): 1}, 2, (SDXL_ATTENTION, SDXL_CONV), 1, 1),
     "full": Plan(
         2,
-        {(256, "one frame"): 3, (256, "three frames"): 2, (512, "one frame"): 2, (512, "three frames"): 1},
+        {(256, "one frame"): 3, (256, "three frames"): 8, (512, "one frame"): 2, (512, "three frames"): 1},
         2,
         (SDXL_ATTENTION, SDXL_CONV),
         10,
