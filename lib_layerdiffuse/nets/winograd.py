@@ -41,8 +41,13 @@ def turned(weights: Tensor, scratch: Scratch) -> Tensor:
     """A convolution's [out, in, 3, 3] -> what `convolve` takes, [POINTS, in, out], in scratch memory."""
     width_out, width_in, _, _ = weights.shape
     kernel = scratch("kernel", width_out, POINTS, width_in)
-    torch.matmul(OF_KERNEL, weights.permute(0, 2, 3, 1).flatten(1, 2), out=kernel)
+    turn(weights, kernel)
     return kernel.permute(1, 2, 0)
+
+
+def turn(weights: Tensor, kernel: Tensor) -> None:
+    """[out, in, 3, 3] into [out, POINTS, in]."""
+    torch.matmul(OF_KERNEL, weights.permute(0, 2, 3, 1).flatten(1, 2), out=kernel)
 
 
 def convolve(x: Tensor, kernel: Tensor, bias: Tensor, scratch: Scratch) -> Tensor:
