@@ -1,6 +1,7 @@
 """Transparency in and out of latents, on whatever device the networks are."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -18,6 +19,7 @@ DECODER_STRIDE = 64  # the decoder halves its input six times
 OFFSET_SCALE = 300.0  # raw encoder output -> offset in the latent (`alpha=300` in the author's diffusers tool)
 
 DECODE_CHANNELS = 600  # one pass over a picture takes the memory of so many channels of its size
+WORTH_COMPILING = 2**17  # pixels; with fewer, loading what was compiled (a second) takes more than it saves
 BATCH_PIXELS = 2**20  # a GPU is busy with so many at once; more only take more memory
 
 Network: TypeAlias = Callable[..., Tensor]
@@ -95,6 +97,15 @@ def pictures_at_once(pixels: Tensor, weight: Tensor) -> int:
     return int(max(1, min(BATCH_PIXELS // area, fitting)))
 
 
+def compiled_decoder() -> type[StripDecoder] | None:
+    """The decoder with kernels that numba compiles, where it is installed and goes with the rest."""
+    try:
+        from lib_layerdiffuse.nets.threaded import ThreadedDecoder
+    except Exception:  # the host's numba may fail in many ways, and nothing depends on it
+        return None
+    return ThreadedDecoder
+
+
 def check_sizes(rgb: Rgb, latent: Latent) -> None:
     batch, _, height, width = rgb.shape
     expected = (batch, height / LATENT_STRIDE, width / LATENT_STRIDE)
@@ -168,7 +179,9 @@ class TransparentVAE:
         if not isinstance(self.decoder, TransparentDecoder):
             return InParts(self.decoder, pictures_at_once(pixels, weight))
         if weight.device.type == "cpu":
-            return InParts(StripDecoder(self.decoder, precision=torch.float32), 1)
+            large = pixels[0, 0].numel() >= WORTH_COMPILING
+            make = (compiled_decoder() if large else None) or partial(StripDecoder, precision=torch.float32)
+            return InParts(make(self.decoder), 1)
         in_strips = StripDecoder(self.decoder, storage=torch.device("cpu"))
         return InParts(self.decoder, pictures_at_once(pixels, weight), smaller=in_strips)
 

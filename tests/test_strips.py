@@ -1,5 +1,7 @@
 """The decoder in strips against the whole network, and against diffusers' blocks at the released widths."""
 
+import sys
+from functools import partial
 from unittest.mock import Mock
 
 import pytest
@@ -9,17 +11,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from lib_layerdiffuse import vae
-from lib_layerdiffuse.nets import strips, winograd
+from lib_layerdiffuse.nets import compiled, strips, threaded, winograd
 from lib_layerdiffuse.nets.decoder import TransparentDecoder
 from lib_layerdiffuse.nets.scratch import Scratch
 from lib_layerdiffuse.nets.strips import (
     FeatureMap,
-    Moments,
     StripDecoder,
     convolve_as_product,
+    joined,
+    moments,
     normalisation,
     upsampling_weights,
 )
+from lib_layerdiffuse.nets.threaded import ThreadedDecoder
 
 WIDTHS = (8, 8, 16, 16, 24, 24, 32)  # none of the levels alike, so that joined channels fall on both sides of a group
 
@@ -35,19 +39,33 @@ def random_input(height=128, width=192, batch=1, seed=0):
     return rgb, torch.randn(batch, 4, height // 8, width // 8, generator=generator)
 
 
+@pytest.fixture(params=[StripDecoder, ThreadedDecoder])
+def decoder_class(request):
+    """Both; with three threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield request.param
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=[1, 2**15, 2**30], ids=["four rows", "some rows", "all rows"])
 def strip_bytes(request, monkeypatch):
     monkeypatch.setattr(strips, "STRIP_BYTES", request.param)
+    monkeypatch.setattr(threaded, "STRIP_BYTES", request.param)
 
 
 @pytest.fixture(params=[False, True], ids=["direct", "in tiles"])
-def in_tiles(request, monkeypatch):
+def in_tiles(request, monkeypatch, decoder_class):
     if request.param:
-        monkeypatch.setattr(strips, "WORTH_TILES", 1)
+        for module in (strips, threaded):
+            monkeypatch.setattr(module, "WORTH_TILES", 1)
+            monkeypatch.setattr(module, "WORTH_KERNEL", 1)
         monkeypatch.setattr(strips, "WORTH_LARGE_TILES", 1)
-        monkeypatch.setattr(strips, "WORTH_KERNEL", 1)
-    convolve = Mock(wraps=winograd.convolve)
-    monkeypatch.setattr(winograd, "convolve", convolve)
+        monkeypatch.setattr(threaded, "TILE_NUMBERS", 128)
+    module, name = {StripDecoder: (winograd, "convolve"), ThreadedDecoder: (compiled, "into_tiles")}[decoder_class]
+    convolve = Mock(wraps=getattr(module, name))
+    monkeypatch.setattr(module, name, convolve)
     yield
     assert convolve.called == request.param
 
@@ -55,37 +73,48 @@ def in_tiles(request, monkeypatch):
 @pytest.mark.usefixtures("strip_bytes", "in_tiles")
 @pytest.mark.parametrize("batch", [1, 2])
 @torch.no_grad()
-def test_strips_answer_as_the_whole_network(net, batch):
+def test_strips_answer_as_the_whole_network(net, decoder_class, batch):
     rgb, latent = random_input(batch=batch)
-    torch.testing.assert_close(StripDecoder(net)(rgb, latent), net(rgb, latent), rtol=0, atol=2e-5)
+    torch.testing.assert_close(decoder_class(net)(rgb, latent), net(rgb, latent), rtol=0, atol=2e-5)
 
 
 @torch.no_grad()
-def test_strips_answer_as_diffusers_blocks(monkeypatch):
+def test_strips_answer_as_diffusers_blocks(decoder_class, monkeypatch):
     monkeypatch.setattr(strips, "STRIP_BYTES", 2**14)
+    monkeypatch.setattr(threaded, "STRIP_BYTES", 2**14)
     reference = ReferenceDecoder(WIDTHS)
     state_dict = random_state_dict(reference)
     rgb, latent = random_input(192, 64)
-    answer = StripDecoder(TransparentDecoder.from_state_dict(state_dict))(rgb, latent)
+    answer = decoder_class(TransparentDecoder.from_state_dict(state_dict))(rgb, latent)
     torch.testing.assert_close(answer, reference(rgb, latent), rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
-def test_the_released_widths(monkeypatch):
+def test_the_released_widths(decoder_class, monkeypatch):
     """Large enough for every way of computing: convolutions in tiles and direct ones, attention over 512 tokens."""
-    turned = Mock(wraps=winograd.turned)
-    monkeypatch.setattr(winograd, "turned", turned)
+    turn = Mock(wraps=winograd.turn)
+    monkeypatch.setattr(winograd, "turn", turn)
     reference = ReferenceDecoder(RELEASED_WIDTHS)
     state_dict = random_state_dict(reference)
     rgb, latent = random_input(512, 256)
-    answer = StripDecoder(TransparentDecoder.from_state_dict(state_dict))(rgb, latent)
+    answer = decoder_class(TransparentDecoder.from_state_dict(state_dict))(rgb, latent)
     torch.testing.assert_close(answer, reference(rgb, latent), rtol=0, atol=1e-5)
-    assert {(256, 768, 3, 3), (128, 128, 3, 3)} <= {call.args[0].shape for call in turned.call_args_list}
+    narrowest = min(call.args[0].shape[1] for call in turn.call_args_list)
+    assert narrowest == (128 if decoder_class is StripDecoder else 32)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_threads_work_in_the_mode_of_their_caller(mode):
+    with mode():
+        net = TransparentDecoder.from_state_dict(random_state_dict(ReferenceDecoder(WIDTHS)))
+        decoder, (rgb, latent) = ThreadedDecoder(net), random_input()
+        for _ in range(2):
+            torch.testing.assert_close(decoder(rgb, latent), net(rgb, latent), rtol=0, atol=2e-5)
 
 
 @torch.no_grad()
-def test_the_largest_maps_are_kept_for_the_next_picture(net):
-    decoder = StripDecoder(net)
+def test_the_largest_maps_are_kept_for_the_next_picture(net, decoder_class):
+    decoder = decoder_class(net)
     rgb, latent = random_input()
     decoder(rgb, latent)
     free = decoder._free[WIDTHS[0] * rgb[0, 0].numel()]
@@ -96,8 +125,8 @@ def test_the_largest_maps_are_kept_for_the_next_picture(net):
 
 
 @torch.no_grad()
-def test_the_next_picture_finds_nothing_of_the_last(net):
-    decoder = StripDecoder(net)
+def test_the_next_picture_finds_nothing_of_the_last(net, decoder_class):
+    decoder = decoder_class(net)
     first = decoder(*random_input(seed=1))
     kept = first.clone()
     second = decoder(*random_input(seed=2))
@@ -108,8 +137,8 @@ def test_the_next_picture_finds_nothing_of_the_last(net):
 
 
 @torch.no_grad()
-def test_memory_is_used_again_not_gathered(net):
-    decoder = StripDecoder(net)
+def test_memory_is_used_again_not_gathered(net, decoder_class):
+    decoder = decoder_class(net)
     decoder(*random_input())
     kept = sum(len(maps) * numbers for numbers, maps in decoder._free.items())
     for _ in range(3):
@@ -117,8 +146,9 @@ def test_memory_is_used_again_not_gathered(net):
     assert sum(len(maps) * numbers for numbers, maps in decoder._free.items()) == kept
 
 
+@pytest.mark.parametrize("make", [partial(StripDecoder, precision=torch.float32), ThreadedDecoder])
 @torch.no_grad()
-def test_half_precision_weights_with_maps_in_full_precision(net):
+def test_half_precision_weights_with_maps_in_full_precision(net, make):
     half = TransparentDecoder.from_state_dict({key: value.bfloat16() for key, value in net.state_dict().items()})
     rgb, latent = random_input()
     exact = net(rgb, latent)
@@ -126,7 +156,7 @@ def test_half_precision_weights_with_maps_in_full_precision(net):
     def error(answer):
         return (answer.float() - exact).square().mean().sqrt()
 
-    answer = StripDecoder(half, precision=torch.float32)(rgb, latent)
+    answer = make(half)(rgb, latent)
     assert answer.dtype == torch.float32
     assert error(answer) < error(half(rgb, latent))  # which keeps its maps in half precision too
 
@@ -167,10 +197,8 @@ def test_upsampling_weights_are_a_convolution_of_the_enlarged_picture():
 @pytest.mark.parametrize("offset", [0, 1000], ids=["around zero", "far from zero"])
 def test_moments_of_strips_are_those_of_the_whole(offset):
     values = torch.randn(2, 3, 30, 7) * torch.linspace(0.5, 2, 30)[:, None] + offset
-    moments = Moments()
-    for strip in values.split([16, 10, 4], dim=2):
-        moments.add(strip.contiguous(memory_format=torch.channels_last))
-    found = moments.of_all(values)
+    strips = [(0, 16), (16, 26), (26, 30)]
+    found = joined(values, strips, torch.stack([moments(values[:, :, top:bottom]) for top, bottom in strips]))
     torch.testing.assert_close(found.mean, values.mean((2, 3)))
     torch.testing.assert_close(found.variance, values.double().var((2, 3), correction=0).float(), rtol=1e-4, atol=0)
 
@@ -202,7 +230,35 @@ def test_where_not_one_picture_fits_the_maps_move_to_main_memory(net):
     assert isinstance(network.net, StripDecoder)
 
 
-def test_on_a_processor_the_decoder_works_in_strips(net, monkeypatch):
+@pytest.fixture
+def no_whole_network(monkeypatch):
     monkeypatch.setattr(TransparentDecoder, "forward", None)
+
+
+@pytest.mark.usefixtures("no_whole_network")
+@pytest.mark.parametrize("worth", [1, 2**20])
+def test_on_a_processor_the_decoder_works_in_strips_large_pictures_with_compiled_kernels(net, worth, monkeypatch):
+    monkeypatch.setattr(vae, "WORTH_COMPILING", worth)
+    attend = Mock(wraps=compiled.attend)
+    monkeypatch.setattr(compiled, "attend", attend)
     rgba = vae.TransparentVAE(net).decode(*random_input(64, 64), passes=2)
     assert rgba.shape == (1, 4, 64, 64)
+    assert attend.called == (worth == 1)
+
+
+@pytest.mark.usefixtures("no_whole_network")
+@pytest.mark.parametrize("error", [ImportError, SystemError])
+def test_without_numba_the_decoder_answers_the_same(net, error, monkeypatch):
+    monkeypatch.setattr(vae, "WORTH_COMPILING", 1)
+    expected = vae.TransparentVAE(net).decode(*random_input(64, 64), passes=2)
+
+    class Broken:
+        def find_spec(self, name, path, target=None):
+            if name == threaded.__name__:
+                raise error("Numba needs NumPy 2.3 or less.")
+
+    monkeypatch.delitem(sys.modules, threaded.__name__)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    assert vae.compiled_decoder() is None
+    found = vae.TransparentVAE(net).decode(*random_input(64, 64), passes=2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)

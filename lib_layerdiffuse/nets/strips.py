@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,10 @@ WORTH_TILES = 128  # channels; with fewer, Winograd's way with the tiles takes w
 WORTH_LARGE_TILES = 512  # the same where the picture is enlarged first, and could be convolved while it is small
 WORTH_KERNEL = 256  # pixels of a map; with fewer, its way with the kernel takes more than convolving does
 
+Shape: TypeAlias = tuple[int, int, int, int]
+Strip: TypeAlias = Callable[[int, int], Tensor]  # from row, to row -> [B, C, rows, W], channels last
+Layer: TypeAlias = Callable[[slice], Strip]  # of these channels of the answer
+
 
 class FeatureMap(NamedTuple):
     """What a layer answered, and what normalising it needs to know."""
@@ -37,38 +41,32 @@ class FeatureMap(NamedTuple):
     variance: Tensor  # of each channel, [B, C], float32
 
 
-class Moments:
-    """Mean and variance of each channel of a map, from its strips."""
-
-    def __init__(self) -> None:
-        self._pixels: list[int] = []
-        self._means: list[Tensor] = []
-        self._variances: list[Tensor] = []
-
-    def add(self, strip: Tensor) -> None:
-        mean, variance = moments(strip)
-        self._pixels.append(strip[0, 0].numel())
-        self._means.append(mean)
-        self._variances.append(variance)
-
-    def of_all(self, values: Tensor) -> FeatureMap:
-        """Within the strips and between them (Chan, Golub, LeVeque 1983)."""
-        means, variances = torch.stack(self._means), torch.stack(self._variances)  # -> [strips, B, C]
-        pixels = torch.tensor(self._pixels).to(means)
-        weights = (pixels / pixels.sum()).view(-1, 1, 1)
-        mean = (weights * means).sum(0)
-        return FeatureMap(values, mean, (weights * (variances + (means - mean).square())).sum(0))
-
-
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel, [B, C], float32."""
+def moments(x: Tensor) -> Tensor:
+    """Mean and variance of each channel, [2, B, C], float32."""
     if x.device.type != "cpu":
         variance, mean = torch.var_mean(x.float(), (2, 3), correction=0)
-        return mean, variance
+        return torch.stack([mean, variance])
     # For channels last on a processor, thirty times faster than `var_mean`; it joins the pictures of a batch.
     of_each = [torch.batch_norm_update_stats(picture[None].float(), None, None, 0.0) for picture in x]
-    mean, variance = (torch.stack(each) for each in zip(*of_each))
-    return mean, variance
+    return torch.stack([torch.stack(each) for each in zip(*of_each)])
+
+
+def spans(shape: Shape, widest: int, strip_bytes: int, strips: int = 1) -> list[tuple[int, int]]:
+    """From row, to row: a map in at least so many strips, in which `widest` channels as wide take so many bytes."""
+    batch, channels, height, width = shape
+    step = winograd.TILE  # even, too, for upsampling
+    fitting = min(strip_bytes // (4 * batch * max(channels, widest) * width), height // strips)
+    rows = max(step, fitting // step * step)
+    return [(top, min(top + rows, height)) for top in range(0, height, rows)]
+
+
+def joined(values: Tensor, strips: Sequence[tuple[int, int]], of_each: Tensor) -> FeatureMap:
+    """With the moments of its strips, [strips, 2, B, C], within and between them (Chan, Golub, LeVeque 1983)."""
+    means, variances = of_each.unbind(1)
+    shares = torch.tensor([(bottom - top) / values.shape[2] for top, bottom in strips]).to(means).view(-1, 1, 1)
+    mean = (shares * means).sum(0)
+    variance = (shares * (variances + (means - mean).square())).sum(0)
+    return FeatureMap(values, mean.float(), variance.float())
 
 
 def normalisation(sources: Sequence[FeatureMap], norm: nn.GroupNorm) -> list[tuple[Tensor, Tensor]]:
@@ -163,16 +161,17 @@ class StripDecoder:
     def _resnet(self, sources: Sequence[FeatureMap], resnet: Any, last_use: bool = False) -> FeatureMap:
         """last_use: nobody needs the sources after this."""
         hidden = self._convolve(sources, resnet.conv1, resnet.norm1)
-        if last_use:  # the answer may lie where they do: a strip of it is written when that of theirs has been read
+        in_place = last_use and self._in_place(resnet.conv2, hidden)
+        if in_place:  # the answer may lie where the sources do
             self._give_back(*sources)
         answer = self._convolve([hidden], resnet.conv2, resnet.norm2, shortcut=(sources, resnet.conv_shortcut))
-        self._give_back(hidden)
+        self._give_back(hidden, *(sources if last_use and not in_place else ()))
         return answer
 
     def _convolve(
         self,
         sources: Sequence[FeatureMap],
-        conv: nn.Conv2d,
+        conv: Any,
         norm: nn.GroupNorm | None = None,
         shortcut: tuple[Sequence[FeatureMap], nn.Module] | None = None,
         stride: int = 1,
@@ -180,20 +179,39 @@ class StripDecoder:
         """A 3×3 convolution of the sources, joined in channels; first normalised and activated, if `norm` is given."""
         batch, _, height, width = sources[0].values.shape
         normalising = normalisation(sources, norm) if norm else None
-        convolve = self._convolution(conv, stride, batch * height * width)
+        weights, bias = conv.weight, conv.bias
 
-        def strip(top: int, bottom: int) -> Tensor:
-            y = convolve(self._read(sources, top * stride - 1, (bottom - 1) * stride + 2, normalising))
-            if shortcut:
-                self._add_shortcut(y, *shortcut, top, bottom)
-            return y
+        def layer(part: slice) -> Strip:
+            convolved = self._convolved(sources, normalising, weights[part], bias[part], stride)
+
+            def strip(top: int, bottom: int) -> Tensor:
+                y = convolved(top, bottom)
+                if shortcut:
+                    self._add_shortcut(y, *shortcut, top, bottom, part)
+                return y
+
+            return strip
 
         shape = batch, conv.out_channels, height // stride, width // stride
-        return self._by_strips(shape, strip, widest=stride**2 * conv.in_channels)
+        return self._by_strips(shape, layer, stride**2 * conv.in_channels, weights.numel())
 
-    def _convolution(self, conv: Any, stride: int, pixels: int) -> Callable[[Tensor], Tensor]:
+    def _convolved(
+        self,
+        sources: Sequence[FeatureMap],
+        normalising: Sequence[tuple[Tensor, Tensor]] | None,
+        weights: Tensor,
+        bias: Tensor,
+        stride: int,
+    ) -> Strip:
+        """What convolves strips of the sources, to the channels that these weights are of."""
+        batch, _, height, width = sources[0].values.shape
+        convolve = self._convolution(weights, bias, stride, batch * height * width)
+        return lambda top, bottom: convolve(
+            self._read(sources, top * stride - 1, (bottom - 1) * stride + 2, normalising)
+        )
+
+    def _convolution(self, weights: Tensor, bias: Tensor, stride: int, pixels: int) -> Callable[[Tensor], Tensor]:
         """What convolves a strip of a map that has so many pixels, and answers in the maps' precision."""
-        weights, bias = conv.weight, conv.bias
         if self._floats_on_cpu and weights.dtype == torch.float32:
             if stride == 1 and min(weights.shape[:2]) >= WORTH_TILES and pixels >= WORTH_KERNEL:
                 kernel = winograd.turned(weights, self._scratch)
@@ -203,41 +221,43 @@ class StripDecoder:
         weights = channels_last(weights)
         return lambda x: channels_last(F.conv2d(x, weights, bias, stride).to(self.precision))
 
-    def _add_shortcut(self, y: Tensor, sources: Sequence[FeatureMap], conv: Any, top: int, bottom: int) -> None:
+    def _add_shortcut(
+        self, y: Tensor, sources: Sequence[FeatureMap], conv: Any, top: int, bottom: int, part: slice
+    ) -> None:
         """To y, rows of the sources; where there is one, through the 1×1 convolution of them joined in channels."""
         rows = [source.values[:, :, top:bottom].to(self.device) for source in sources]
         if isinstance(conv, nn.Identity):
-            y += rows[0]
+            y += rows[0][:, part]
             return
-        answer = y.permute(0, 2, 3, 1).view(-1, y.shape[1]).add_(conv.bias)
-        for x, weights in zip(rows, conv.weight.to(y).flatten(1).split([x.shape[1] for x in rows], dim=1)):
+        answer = y.permute(0, 2, 3, 1).view(-1, y.shape[1]).add_(conv.bias[part])
+        for x, weights in zip(rows, conv.weight[part].to(y).flatten(1).split([x.shape[1] for x in rows], dim=1)):
             answer.addmm_(x.permute(0, 2, 3, 1).flatten(0, 2), weights.T)
 
     def _upsample(self, source: FeatureMap, conv: Any) -> FeatureMap:
         """Twice the size, each pixel four times, then convolved."""
         batch, channels, height, width = source.values.shape
-        enlarge = self._enlargement(conv, 4 * batch * height * width)
 
-        def strip(top: int, bottom: int) -> Tensor:
-            return enlarge(self._read([source], top // 2 - 1, bottom // 2 + 1))
+        def layer(part: slice) -> Strip:
+            enlarge = self._enlargement(conv.weight[part], conv.bias[part], 4 * batch * height * width)
+            return lambda top, bottom: enlarge(self._read([source], top // 2 - 1, bottom // 2 + 1))
 
-        answer = self._by_strips((batch, channels, 2 * height, 2 * width), strip)
+        answer = self._by_strips((batch, channels, 2 * height, 2 * width), layer, weights=conv.weight.numel())
         self._give_back(source)
         return answer
 
-    def _enlargement(self, conv: Any, pixels: int) -> Callable[[Tensor], Tensor]:
+    def _enlargement(self, weights: Tensor, bias: Tensor, pixels: int) -> Callable[[Tensor], Tensor]:
         """What enlarges and convolves a strip, for an answer that has so many pixels."""
-        if self._floats_on_cpu and conv.out_channels >= WORTH_LARGE_TILES:
-            convolve = self._convolution(conv, 1, pixels)
+        if self._floats_on_cpu and weights.shape[1] >= WORTH_LARGE_TILES:
+            convolve = self._convolution(weights, bias, 1, pixels)
             return lambda small: convolve(F.interpolate(small, scale_factor=2.0)[:, :, 1:-1, 1:-1])
-        weights, bias = upsampling_weights(conv.weight), conv.bias.repeat(4)
+        weights, bias = upsampling_weights(weights), bias.repeat(4)
 
         def four_in_one(small: Tensor) -> Tensor:
-            batch, channels, rows, columns = small.shape
+            batch, _, rows, columns = small.shape
             height, width = rows - 2, columns - 2
-            y = torch.empty(batch, 2 * height, 2 * width, channels, dtype=self.precision, device=self.device)
-            y = y.permute(0, 3, 1, 2)
-            for index, part in enumerate(F.conv2d(small, weights, bias).chunk(4, dim=1)):
+            parts = F.conv2d(small, weights, bias).chunk(4, dim=1)
+            y = self._scratch("answer", batch, 2 * height, 2 * width, parts[0].shape[1]).permute(0, 3, 1, 2)
+            for index, part in enumerate(parts):
                 row, column = divmod(index, 2)
                 y[:, :, row::2, column::2] = part[:, :, row : row + height, column : column + width]
             return y
@@ -269,20 +289,20 @@ class StripDecoder:
 
     # --- strips ---
 
-    def _by_strips(
-        self, shape: tuple[int, int, int, int], strip: Callable[[int, int], Tensor], widest: int = 1
-    ) -> FeatureMap:
-        """The map whose rows `top` to `bottom` are `strip(top, bottom)`, reading `widest` channels as wide."""
-        values, moments = self._take(shape), Moments()
-        batch, channels, height, width = shape
-        step = winograd.TILE  # even, too, for upsampling
-        rows = max(step, STRIP_BYTES // (4 * batch * max(channels, widest) * width) // step * step)
-        for top in range(0, height, rows):
-            bottom = min(top + rows, height)
+    def _by_strips(self, shape: Shape, layer: Layer, widest: int = 1, weights: int = 0) -> FeatureMap:
+        """The map that `layer` makes of so many weights, reading `widest` channels as wide."""
+        values = self._take(shape)
+        strip, strips = layer(slice(0, shape[1])), spans(shape, widest, STRIP_BYTES)
+        found = []
+        for top, bottom in strips:
             y = strip(top, bottom)
-            moments.add(y)
+            found.append(moments(y))
             values[:, :, top:bottom] = y
-        return moments.of_all(values)
+        return joined(values, strips, torch.stack(found))
+
+    def _in_place(self, conv: nn.Conv2d, source: FeatureMap) -> bool:
+        """Whether a strip of what `conv` makes is written only when nobody reads those rows any more."""
+        return True
 
     def _read(
         self,
@@ -314,9 +334,7 @@ class StripDecoder:
     # --- maps ---
 
     def _whole(self, values: Tensor) -> FeatureMap:
-        moments = Moments()
-        moments.add(values)
-        return moments.of_all(self._take(values.shape).copy_(values))
+        return joined(self._take(values.shape).copy_(values), [(0, values.shape[2])], moments(values)[None])
 
     def _take(self, shape: Sequence[int]) -> Tensor:
         batch, channels, height, width = shape
