@@ -67,7 +67,8 @@ class InParts:
         self.at_once = min(self.at_once, len(batches[0]))
         while True:
             try:
-                return torch.cat([self.net(*part) for part in zip(*(batch.split(self.at_once) for batch in batches))])
+                answers = [self.net(*part) for part in zip(*(batch.split(self.at_once) for batch in batches))]
+                return torch.cat(answers) if len(answers) > 1 else answers[0]
             except RuntimeError as error:
                 if (self.at_once == 1 and not self.smaller) or not is_out_of_memory(error):
                     raise
@@ -124,9 +125,9 @@ def pad_to_multiple(picture: Tensor, multiple: int) -> Tensor:
     return F.pad(picture, (0, -width % multiple, 0, -height % multiple), mode="replicate")
 
 
-def median(answers: Sequence[Tensor]) -> Rgba:
-    """Of each value of Argb, the lower one where there are two."""
-    alpha, color = torch.stack(list(answers)).median(dim=0).values.split([1, 3], dim=1)
+def median(answers: Tensor) -> Rgba:
+    """Of each value of Argb, [passes, B, 4, H, W], the lower one where there are two."""
+    alpha, color = answers.median(dim=0).values.split([1, 3], dim=1)
     return torch.cat([color, alpha], dim=1)
 
 
@@ -157,21 +158,24 @@ class TransparentVAE:
         latent: Latent,
         orientations: Sequence[Orientation],
         on_pass: Callable[[int, int], bool] | None,
-    ) -> list[Tensor]:
+    ) -> Tensor:
         """Argb of each pass. The network's maps go with this call, before the median takes as much as all answers."""
-        height, width = rgb.shape[2:]
+        batch, _, height, width = rgb.shape
         weight = next(self.decoder.parameters(), rgb)
         pixels = pad_to_multiple(rgb.float(), DECODER_STRIDE).to(weight.device)
         cells = pad_to_multiple(latent.float(), DECODER_STRIDE // LATENT_STRIDE).to(weight.device)
         network = self._network(pixels, weight)
 
-        answers: list[Tensor] = []
-        for group in in_groups(orientations, height == width, max(1, network.at_once // len(rgb))):
+        answers = torch.empty(len(orientations), batch, 4, height, width, device=weight.device)
+        done = 0
+        for group in in_groups(orientations, height == width, max(1, network.at_once // batch)):
             raw = network(*(torch.cat([each.apply(x) for each in group]) for x in (pixels, cells)))
             for orientation, answer in zip(group, raw.chunk(len(group))):
-                answers.append(orientation.undo(answer)[..., :height, :width].float().clamp(0, 1))
-                if on_pass is not None and not on_pass(len(answers), len(orientations)):
-                    return answers
+                torch.clamp(orientation.undo(answer)[..., :height, :width].float(), 0, 1, out=answers[done])
+                done += 1
+                if on_pass is not None and not on_pass(done, len(orientations)):
+                    return answers[:done]
+            del raw, answer  # before the next pass needs its memory
         return answers
 
     def _network(self, pixels: Tensor, weight: Tensor) -> InParts:

@@ -13,6 +13,7 @@ from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.images import pad_colors
 from lib_layerdiffuse.nets.decoder import TransparentDecoder
 from lib_layerdiffuse.nets.encoder import TransparentEncoder
+from lib_layerdiffuse.nets.threaded import ThreadedDecoder
 from lib_layerdiffuse.vae import ORIENTATIONS, TransparentVAE, in_groups
 
 
@@ -167,11 +168,12 @@ def test_on_pass_stops_and_the_median_is_over_those_done(decoder, stop_after):
     torch.testing.assert_close(rgba, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("network_class", [vae.StripDecoder, ThreadedDecoder])
 @pytest.mark.parametrize("stop_after", [1, 8])
-def test_the_networks_maps_are_gone_when_the_median_is_taken(decoder, monkeypatch, stop_after):
+def test_the_networks_maps_are_gone_when_the_median_is_taken(decoder, monkeypatch, stop_after, network_class):
     made, left = [], []
 
-    class Watched(vae.StripDecoder):
+    class Watched(network_class):
         def __init__(self, *arguments, **options):
             super().__init__(*arguments, **options)
             made.append(weakref.ref(self))
@@ -181,6 +183,8 @@ def test_the_networks_maps_are_gone_when_the_median_is_taken(decoder, monkeypatc
         return whole(answers)
 
     monkeypatch.setattr(vae, "StripDecoder", Watched)
+    monkeypatch.setattr(vae, "compiled_decoder", lambda: Watched)
+    monkeypatch.setattr(vae, "WORTH_COMPILING", 1 if network_class is ThreadedDecoder else 2**40)
     monkeypatch.setattr(vae, "median", median)
     TransparentVAE(decoder).decode(*random_input(64, 64), on_pass=lambda done, total: done < stop_after)
     assert left == [None]

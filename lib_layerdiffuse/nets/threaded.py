@@ -34,7 +34,8 @@ class ThreadedDecoder(StripDecoder):
         """One picture after another."""
         answer = super().__call__
         with self._threads.alone():
-            return torch.cat([answer(*picture) for picture in zip(rgb.split(1), latent.split(1))])
+            answers = [answer(*picture) for picture in zip(rgb.split(1), latent.split(1))]
+        return torch.cat(answers) if len(answers) > 1 else answers[0]
 
     # --- layers ---
 
