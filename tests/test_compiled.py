@@ -49,9 +49,7 @@ def test_attention_beyond_float32s_exponents_is_torchs(strength):
     ],
 )
 @pytest.mark.parametrize(("width_in", "width_out"), [(5, 7), (600, 3)])
-def test_tiles_are_a_convolution_of_the_activated_map(
-    height, width, top, bottom, first, count, width_in, width_out, monkeypatch
-):
+def test_tiles_are_a_convolution_of_the_activated_map(height, width, top, bottom, first, count, width_in, width_out):
     x, scale, shift = torch.randn(height, width, width_in), torch.randn(width_in), torch.randn(width_in)
     weights, bias = torch.randn(width_out, width_in, 3, 3) / (9 * width_in) ** 0.5, torch.randn(width_out)
     down = -(-(bottom - top) // winograd.TILE)

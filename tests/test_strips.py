@@ -60,7 +60,7 @@ def in_tiles(request, monkeypatch, decoder_class):
     if request.param:
         for module in (strips, threaded):
             monkeypatch.setattr(module, "WORTH_TILES", 1)
-            monkeypatch.setattr(module, "WORTH_KERNEL", 1)
+        monkeypatch.setattr(strips, "WORTH_KERNEL", 1)
         monkeypatch.setattr(strips, "WORTH_LARGE_TILES", 1)
         monkeypatch.setattr(threaded, "TILE_NUMBERS", 128)
     module, name = {StripDecoder: (winograd, "convolve"), ThreadedDecoder: (compiled, "into_tiles")}[decoder_class]

@@ -31,6 +31,11 @@ def test_as_many_as_torch_has_and_torch_has_one_in_each():
         threads.run([work] * 3)
     assert found == [1, 1, 1]
     assert torch.get_num_threads() == 3
+    threads = Threads()
+    threads.run([meeting.wait] * 3)  # new threads, which have asked torch nothing
+    torch.set_num_threads(3)
+    threads.run([work] * 3)
+    assert found == [1] * 6
 
 
 def test_an_error_is_raised_when_all_have_ended():

@@ -17,6 +17,14 @@ LINE = 16  # numbers of a cache line; rows of scores that do not end with one ta
 SAFE = 100.0  # 2^±100, and sums of many of them, are float32 numbers
 
 
+def as_powers_of_two(q: Tensor, k: Tensor, dim: int) -> tuple[Tensor, Tensor, bool]:
+    """q and k, tokens in axis 2 and their numbers in `dim`, so that a weight is 2^(q · k); whether all are SAFE."""
+    k = k - k.mean(2, keepdim=True)  # moves all scores of a query alike, which changes nothing
+    q = q * (math.log2(math.e) / math.sqrt(q.shape[dim]))
+    highest = (q.square().sum(dim).amax() * k.square().sum(dim).amax()).sqrt()  # Cauchy, Schwarz
+    return q, k, bool(highest <= SAFE)
+
+
 def narrow_attention(q: Tensor, k: Tensor, v: Tensor, scratch: Scratch) -> Tensor:
     """`scaled_dot_product_attention` of [B, heads, tokens, dim], float32.
 
@@ -24,10 +32,8 @@ def narrow_attention(q: Tensor, k: Tensor, v: Tensor, scratch: Scratch) -> Tenso
     32 heads of 4096 tokens where torch's own takes 0.49 s. The weights are 2^score without the usual search for each
     query's highest; where scores might be beyond float32's exponents, torch's own answers.
     """
-    k = k - k.mean(2, keepdim=True)  # moves all scores of a query alike, which changes nothing
-    q = q * (math.log2(math.e) / math.sqrt(q.shape[3]))
-    highest = (q.square().sum(3).amax() * k.square().sum(3).amax()).sqrt()  # Cauchy, Schwarz
-    if not highest <= SAFE:
+    q, k, safe = as_powers_of_two(q, k, dim=3)
+    if not safe:
         return F.scaled_dot_product_attention(q, k, v, scale=math.log(2))
     q, v = (x.flatten(0, 1).transpose(1, 2).contiguous() for x in (q, v))  # -> [B·heads, dim, tokens]
     v = F.pad(v, (0, 0, 0, 1), value=1)  # its last row sums the weights
@@ -45,10 +51,8 @@ def narrow_attention(q: Tensor, k: Tensor, v: Tensor, scratch: Scratch) -> Tenso
 
 def compiled_attention(q: Tensor, k: Tensor, v: Tensor, mixed: Tensor, attend: Callable[..., None]) -> None:
     """The same of [heads, 8, tokens], into `mixed`, by the compiled kernel."""
-    k = k - k.mean(2, keepdim=True)
-    q = q * (math.log2(math.e) / math.sqrt(q.shape[1]))
-    highest = (q.square().sum(1).amax() * k.square().sum(1).amax()).sqrt()
-    if highest <= SAFE:
+    q, k, safe = as_powers_of_two(q, k, dim=1)
+    if safe:
         attend(*(x.numpy() for x in (q, k, v, mixed)))
     else:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))

@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 from lib_layerdiffuse.nets.winograd import REACH, TILE
 
 KEYS = 512  # at once: with their values 32 KiB, which a core's first cache holds
-BLOCK = 1024  # numbers of a row of tiles that are worked on at once, by each of four columns, at least
+BLOCK = 1024  # numbers of each column of tiles that are worked on at once, or one tile
 
 ZERO, ONE, TWO, FOUR, FIVE, EIGHT = (np.float32(number) for number in (0, 1, 2, 4, 5, 8))
 LOG2_E = np.float32(np.log2(np.e))

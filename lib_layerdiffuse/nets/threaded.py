@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lib_layerdiffuse.nets import compiled, winograd
+from lib_layerdiffuse.nets import compiled, strips, winograd
 from lib_layerdiffuse.nets.attention import compiled_attention
 from lib_layerdiffuse.nets.decoder import HEAD_DIM, TransparentDecoder
 from lib_layerdiffuse.nets.strips import FeatureMap, Layer, Shape, Strip, StripDecoder, joined, normalisation, spans
@@ -19,7 +19,6 @@ from lib_layerdiffuse.tensors import Argb, Latent, Rgb
 STRIP_BYTES = 2 * 2**20  # of a layer's input or output, for each thread
 SHARES = 4  # of a layer, at least, for each thread: none waits for long for another
 WORTH_TILES = 32  # channels; where the kernels turn the tiles, Winograd's way pays sooner
-WORTH_KERNEL = 256  # pixels of a map, as in strips
 TILE_NUMBERS = 8192  # of each point at once: factors and products stay in a core's second cache, or nearly
 
 
@@ -48,7 +47,7 @@ class ThreadedDecoder(StripDecoder):
         stride: int,
     ) -> Strip:
         _, _, height, width = sources[0].values.shape
-        suits_tiles = min(weights.shape[:2]) >= WORTH_TILES and height * width >= WORTH_KERNEL
+        suits_tiles = min(weights.shape[:2]) >= WORTH_TILES and height * width >= strips.WORTH_KERNEL
         if normalising and stride == 1 and weights.dtype == torch.float32 and suits_tiles:
             return self._in_tiles(sources, normalising, weights, bias)
         return super()._convolved(sources, normalising, weights, bias, stride)
@@ -126,12 +125,12 @@ class ThreadedDecoder(StripDecoder):
         """The threads share the rows, or where there are more weights than pixels, the channels."""
         values = self._take(shape)
         _, channels, height, _ = shape
-        by_channels = weights > values.numel()
-        strips = [(0, height)] if by_channels else spans(shape, widest, STRIP_BYTES, SHARES * self._threads.count)
-        moments = torch.empty(len(strips), 2, 1, channels, dtype=torch.float64)
+        by_channels = shared_by_channels(weights, values)
+        rows = [(0, height)] if by_channels else spans(shape, widest, STRIP_BYTES, SHARES * self._threads.count)
+        moments = torch.empty(len(rows), 2, 1, channels, dtype=torch.float64)
 
         def settle(strip: Strip, index: int, first: int = 0) -> None:
-            top, bottom = strips[index]
+            top, bottom = rows[index]
             y, target = strip(top, bottom), in_memory(values)[top:bottom]
             compiled.settle(in_memory(y), target, first, moments[index].flatten(0, 1).numpy())
 
@@ -140,16 +139,21 @@ class ThreadedDecoder(StripDecoder):
             self._threads.run(partial(lambda part: settle(layer(part), 0, part.start), part) for part in parts)
         else:
             strip = layer(slice(0, channels))
-            self._threads.run(partial(settle, strip, index) for index in range(len(strips)))
-        return joined(values, strips, moments)
+            self._threads.run(partial(settle, strip, index) for index in range(len(rows)))
+        return joined(values, rows, moments)
 
     def _in_place(self, conv: nn.Conv2d, source: FeatureMap) -> bool:
-        return conv.weight.numel() <= source.values.numel()
+        return not shared_by_channels(conv.weight.numel(), source.values)
 
     def _parts(self, channels: int, step: int = 1, shares: int = SHARES) -> list[slice]:
         """So many shares of the channels for each thread, `step` or a multiple each."""
         size = -(-channels // (step * shares * self._threads.count)) * step
         return [slice(first, min(first + size, channels)) for first in range(0, channels, size)]
+
+
+def shared_by_channels(weights: int, values: Tensor) -> bool:
+    """Whether the threads share a map's channels: each weight is then turned and read by one of them alone."""
+    return weights > values.numel()
 
 
 def in_memory(values: Tensor) -> Any:
