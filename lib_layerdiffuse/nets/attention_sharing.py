@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib_layerdiffuse.nets.loading import children, hold, shape
+from lib_layerdiffuse.nets.products import linear
 from lib_layerdiffuse.tensors import Rgb, StateDict, Tokens
 
 # The transformer blocks of the SD1.5 UNet in the order of the file; each has `attn1` (self), then `attn2` (text).
@@ -41,9 +42,9 @@ Attention: TypeAlias = Callable[[Tokens, Tokens, Tokens], Tokens]
 Projection: TypeAlias = Callable[[Tokens], Tokens]  # [B, N, in] -> [B, N, out], for each token alone
 
 
-def linear(x: Tensor, layer: nn.Linear) -> Tensor:
+def applied(layer: nn.Linear, x: Tensor) -> Tensor:
     """`layer(x)`, wherever and in whatever precision the layer is kept."""
-    return F.linear(x, layer.weight.to(x), None if layer.bias is None else layer.bias.to(x))
+    return linear(x, layer.weight.to(x), layer.bias.to(x))
 
 
 def convolve(x: Tensor, layers: nn.Sequential) -> Tensor:
@@ -268,14 +269,11 @@ class LowRanks(nn.Module):
 
     def _merged(self, base: Projection, weight: float, like: Tokens) -> Projection:
         matrix, bias = affine_of(base, self.down.weight.shape[2], like)
-        matrices = torch.baddbmm(matrix, self.down.weight.to(like).mT, self.up.weight.to(like).mT, alpha=weight)
-        has_bias = bool(bias.any())
+        matrices = torch.baddbmm(matrix.T, self.up.weight.to(like), self.down.weight.to(like), alpha=weight)
 
         def project(x: Tokens) -> Tokens:
-            answer = x.new_empty(*x.shape[:2], matrices.shape[-1])
-            for rows, own, out in zip(self._rows(x), matrices, self._rows(answer), strict=True):
-                torch.mm(rows, own, out=out)
-            return answer.add_(bias) if has_bias else answer
+            answers = [linear(rows, own, bias) for rows, own in zip(self._rows(x), matrices, strict=True)]
+            return torch.stack(answers).view(*x.shape[:2], -1)
 
         return project
 
@@ -284,7 +282,7 @@ class LowRanks(nn.Module):
             answer = base(x).contiguous()  # so that the rows of a frame are a view of it
             pairs = zip(self.down.weight.to(x), self.up.weight.to(x), strict=True)
             for rows, (down, up), out in zip(self._rows(x), pairs, self._rows(answer), strict=True):
-                out.addmm_(rows @ down.mT, up.mT, alpha=weight)
+                out.add_(linear(linear(rows, down), up), alpha=weight)
             return answer
 
         return project
@@ -319,10 +317,10 @@ class FoldedUnit(nn.Module):
         """Attention between the frames, [(f b), N, C] -> the same."""
         y = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
         if self.temporal_qkv:
-            qkv = (linear(y, layer) for layer in self.temporal_qkv)  # type: ignore[arg-type]
+            qkv = (applied(layer, y) for layer in self.temporal_qkv)  # type: ignore[arg-type]
             q, k, v = (t.unflatten(0, (self.frames, -1)) for t in qkv)
             y = attend_frames(q, k, v, heads).flatten(0, 1)
-        return linear(y, self.temporal_o)
+        return applied(self.temporal_o, y)
 
 
 class Layer:

@@ -34,7 +34,7 @@ def of_attention(out, args):
 
 # By PyTorch's names, as they come in inference mode and out of it: a product and a sum are two operations.
 OPERATIONS = {
-    **dict.fromkeys(("mm", "bmm", "linear", "matmul"), of_inner(0)),
+    **dict.fromkeys(("mm", "bmm", "linear", "matmul", "_linear_pointwise"), of_inner(0)),
     **dict.fromkeys(("addmm", "addmm_", "baddbmm"), of_inner(1)),
     **dict.fromkeys(("conv2d", "convolution"), of_convolution),
     **dict.fromkeys(

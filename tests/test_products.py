@@ -1,0 +1,41 @@
+"""Linear maps by whoever is fastest, against PyTorch's own."""
+
+import platform
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lib_layerdiffuse.nets import products
+
+
+@pytest.mark.parametrize("has_onednn", [products.HAS_ONEDNN, False])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("shape", [(7, 6), (2, 5, 6), (2, 0, 6)])
+def test_the_numbers_of_a_linear_map(monkeypatch, shape, has_bias, has_onednn):
+    monkeypatch.setattr(products, "HAS_ONEDNN", has_onednn)
+    x, weight, bias = torch.randn(shape), torch.randn(4, 6), torch.randn(4) if has_bias else None
+    torch.testing.assert_close(products.linear(x, weight, bias), F.linear(x, weight, bias))
+
+
+def test_views_of_larger_tensors():
+    x, weight = torch.randn(3, 2, 12)[..., ::2].transpose(0, 1), torch.randn(6, 4).T
+    torch.testing.assert_close(products.linear(x, weight), F.linear(x, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_precisions_stay(dtype):
+    x, weight, bias = (torch.randn(shape, dtype=dtype) for shape in ((3, 6), (4, 6), (4,)))
+    assert products.linear(x, weight, bias).equal(F.linear(x, weight, bias))
+
+
+def test_gradients_reach_the_input():
+    x, weight = torch.randn(3, 6, requires_grad=True), torch.randn(4, 6)
+    products.linear(x, weight).sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(3, 6))
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="where every PyTorch is built with oneDNN")
+def test_onednn_is_found():
+    """Were the operation renamed, nothing else would tell."""
+    assert products.HAS_ONEDNN
