@@ -21,5 +21,6 @@ def _suits_onednn(x: Tensor) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x · weightᵀ + bias, [..., in] -> [..., out], of one precision on one device. weight, bias: without gradients."""
     if _suits_onednn(x):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        # Of a view with gaps between its rows it would take a thousand times as long.
+        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight.contiguous(), bias, "none", [], "")
     return F.linear(x, weight, bias)

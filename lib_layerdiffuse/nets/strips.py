@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from lib_layerdiffuse.nets import winograd
 from lib_layerdiffuse.nets.attention import narrow_attention
 from lib_layerdiffuse.nets.decoder import HEAD_DIM, LATENT_LEVEL, TransparentDecoder
+from lib_layerdiffuse.nets.products import linear
 from lib_layerdiffuse.nets.scratch import Scratch
 from lib_layerdiffuse.tensors import Argb, Latent, Rgb
 
@@ -101,13 +102,12 @@ def upsampling_weights(weights: Tensor) -> Tensor:
 
 
 def convolve_as_product(x: Tensor, weights: Tensor, bias: Tensor, stride: int, scratch: Scratch) -> Tensor:
-    """`F.conv2d` as one product of matrices, in scratch memory: for few pixels, weights take longest to rearrange."""
+    """`F.conv2d` as one product of matrices: for few pixels, weights take longest to rearrange."""
     width_out, width_in, _, _ = weights.shape
     windows = x.unfold(2, 3, stride).unfold(3, 3, stride).permute(0, 2, 3, 1, 4, 5)  # -> [B, H, W, in, 3, 3]
     batch, height, width = windows.shape[:3]
     columns = scratch("gathered", *windows.shape).copy_(windows).view(-1, 9 * width_in)
-    answer = torch.addmm(bias, columns, weights.flatten(1).T, out=scratch("answer", len(columns), width_out))
-    return answer.view(batch, height, width, width_out).permute(0, 3, 1, 2)
+    return linear(columns, weights.flatten(1), bias).view(batch, height, width, width_out).permute(0, 3, 1, 2)
 
 
 class StripDecoder:
@@ -229,9 +229,10 @@ class StripDecoder:
         if isinstance(conv, nn.Identity):
             y += rows[0][:, part]
             return
-        answer = y.permute(0, 2, 3, 1).view(-1, y.shape[1]).add_(conv.bias[part])
-        for x, weights in zip(rows, conv.weight[part].to(y).flatten(1).split([x.shape[1] for x in rows], dim=1)):
-            answer.addmm_(x.permute(0, 2, 3, 1).flatten(0, 2), weights.T)
+        answer = y.permute(0, 2, 3, 1).view(-1, y.shape[1])
+        matrices = conv.weight[part].to(y).flatten(1).split([x.shape[1] for x in rows], dim=1)
+        for x, matrix, bias in zip(rows, matrices, (conv.bias[part].to(y), None)):
+            answer += linear(x.permute(0, 2, 3, 1).flatten(0, 2), matrix, bias)
 
     def _upsample(self, source: FeatureMap, conv: Any) -> FeatureMap:
         """Twice the size, each pixel four times, then convolved."""

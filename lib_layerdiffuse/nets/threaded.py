@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lib_layerdiffuse.nets import compiled, strips, winograd
 from lib_layerdiffuse.nets.attention import compiled_attention
 from lib_layerdiffuse.nets.decoder import HEAD_DIM, TransparentDecoder
+from lib_layerdiffuse.nets.products import linear
 from lib_layerdiffuse.nets.strips import FeatureMap, Layer, Shape, Strip, StripDecoder, joined, normalisation, spans
 from lib_layerdiffuse.nets.threads import Threads
 from lib_layerdiffuse.tensors import Argb, Latent, Rgb
@@ -96,12 +97,12 @@ class ThreadedDecoder(StripDecoder):
         [(scale, shift)] = normalisation([source], attention.group_norm)
         batch, channels, height, width = source.values.shape
         rows = source.values.permute(0, 2, 3, 1).flatten(0, 2)  # -> [HW, C]
-        tokens = torch.addcmul(shift.flatten(), rows, scale.flatten(), out=self._scratch("tokens", *rows.shape)).T
-        mixed = self._scratch("mixed", *tokens.shape)
+        tokens = torch.addcmul(shift.flatten(), rows, scale.flatten(), out=self._scratch("tokens", *rows.shape))
+        mixed = self._scratch("mixed", *tokens.T.shape)
 
         def projected(layer: Any, part: slice) -> Tensor:
             weights, bias = layer.weight[part].float(), layer.bias[part].float()
-            return torch.addmm(bias[:, None], weights, tokens).unflatten(0, (-1, HEAD_DIM))
+            return linear(weights, tokens).add_(bias[:, None]).unflatten(0, (-1, HEAD_DIM))
 
         def heads(part: slice) -> None:
             q, k, v = (projected(layer, part) for layer in (attention.to_q, attention.to_k, attention.to_v))
@@ -112,7 +113,7 @@ class ThreadedDecoder(StripDecoder):
 
         def strip(top: int, bottom: int) -> Tensor:
             some = slice(top * width, bottom * width)
-            y = torch.addmm(bias, mixed[:, some].T, weights.T).add_(rows[some])
+            y = linear(mixed[:, some].T, weights, bias).add_(rows[some])
             return y.view(1, bottom - top, width, channels).permute(0, 3, 1, 2)
 
         answer = self._by_strips((batch, channels, height, width), lambda _: strip)
