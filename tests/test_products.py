@@ -1,6 +1,7 @@
 """Linear maps by whoever is fastest, against PyTorch's own."""
 
 import platform
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,6 +22,17 @@ def test_the_numbers_of_a_linear_map(monkeypatch, shape, has_bias, has_onednn):
 def test_views_of_larger_tensors():
     x, weight = torch.randn(3, 2, 12)[..., ::2].transpose(0, 1), torch.randn(6, 4).T
     torch.testing.assert_close(products.linear(x, weight), F.linear(x, weight))
+
+
+@pytest.mark.skipif(not products.HAS_ONEDNN, reason="no oneDNN")
+def test_onednn_gets_no_gaps(monkeypatch):
+    """It takes them, and a thousand times as long."""
+    onednn = Mock(wraps=torch.ops.mkldnn._linear_pointwise)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", onednn)
+    products.linear(torch.randn(3, 12)[:, :6], torch.randn(4, 12)[:, :6])
+    x, weight, *_ = onednn.call_args.args
+    assert x.is_contiguous()
+    assert weight.is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -1,7 +1,6 @@
 """Linear maps of single precision on a processor, by oneDNN, which PyTorch brings for its convolutions.
 
-PyTorch itself computes them by MKL there, which takes up to twice as long on AMD's processors: on one with AVX-512 it
-reaches 195 GFLOP/s, oneDNN 370 to 400; kept to AVX2, oneDNN 220.
+PyTorch itself computes them by MKL there, which takes up to twice as long on AMD's processors (benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations

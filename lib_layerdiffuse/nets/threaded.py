@@ -98,7 +98,7 @@ class ThreadedDecoder(StripDecoder):
         batch, channels, height, width = source.values.shape
         rows = source.values.permute(0, 2, 3, 1).flatten(0, 2)  # -> [HW, C]
         tokens = torch.addcmul(shift.flatten(), rows, scale.flatten(), out=self._scratch("tokens", *rows.shape))
-        mixed = self._scratch("mixed", *tokens.T.shape)
+        mixed = self._scratch("mixed", channels, height * width)
 
         def projected(layer: Any, part: slice) -> Tensor:
             weights, bias = layer.weight[part].float(), layer.bias[part].float()
