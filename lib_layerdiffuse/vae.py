@@ -127,7 +127,8 @@ def pad_to_multiple(picture: Tensor, multiple: int) -> Tensor:
 
 def median(answers: Tensor) -> Rgba:
     """Of each value of Argb, [passes, B, 4, H, W], the lower one where there are two."""
-    alpha, color = answers.median(dim=0).values.split([1, 3], dim=1)
+    middle = answers.amin(dim=0) if len(answers) <= 2 else answers.median(dim=0).values
+    alpha, color = middle.split([1, 3], dim=1)
     return torch.cat([color, alpha], dim=1)
 
 

@@ -1,20 +1,63 @@
 """Compiled kernels against torch's operations."""
 
-import numpy as np
 import pytest
 import torch
+from numba import njit
 from torch.nn import functional as F
 
 from lib_layerdiffuse.nets import compiled, winograd
 from lib_layerdiffuse.nets.attention import compiled_attention
 from lib_layerdiffuse.nets.scratch import Scratch
+from lib_layerdiffuse.nets.threaded import numbers
+
+
+def activated(x, scale, shift, top, rows, target):
+    """`compiled.activate` of [H, W, C] into channels from the third vector on of a map that is five wide."""
+    offset, width = 2 * compiled.LANES, x.shape[1] + 2
+    answer = torch.full((rows, width, 5 * compiled.LANES), 7, dtype=target)
+    compiled.activate(numbers(x), scale.numpy(), shift.numpy(), top, offset, numbers(answer))
+    within = slice(offset, offset + x.shape[2])
+    assert (answer[..., : within.start] == 7).all()
+    assert (answer[..., within.stop :] == 7).all()
+    return answer[..., within]
 
 
 def test_silu_over_all_numbers():
     x = torch.cat([torch.linspace(-200, 200, 4001), torch.tensor([0.0, 1e-30, 1e30, -1e30, torch.inf])])
-    found = torch.tensor([compiled.silu(np.float32(each)) for each in x])
+    x = F.pad(x, (0, -len(x) % compiled.LANES))
+    rows = x.view(1, -1, compiled.LANES)
+    ones = torch.ones(compiled.LANES)
+    found = activated(rows, ones, 0 * ones, 0, 1, torch.float32)[:, 1:-1].flatten()
     torch.testing.assert_close(found, F.silu(x), rtol=1e-6, atol=2e-8)
-    assert np.isnan(compiled.silu(np.float32(np.nan)))
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)],
+)
+@pytest.mark.parametrize("top", [-1, 3])
+def test_reading_normalises_activates_and_rounds(source, target, top):
+    x, (scale, shift) = torch.randn(6, 10, 32).to(source), torch.randn(2, 32)
+    x[4, 2, 5] = torch.nan
+    found = activated(x, scale, shift, top, 5, target)
+    expected = F.pad(F.silu(x.float() * scale + shift), (0, 0, 1, 1, 1, 5))[top + 1 : top + 6]
+    step = {} if target == torch.float32 else {"rtol": 2**-8, "atol": 1e-8}  # one step of bfloat16
+    torch.testing.assert_close(found, expected.to(target), equal_nan=True, **step)
+
+
+def test_rounding_is_to_the_nearest_and_what_is_no_number_stays_none():
+    bits = [0x3F800000, 0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x7F7FFFFF, 0x7F800000, 0x7FFFFFFF, 0x7F800001]
+    x = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    x = F.pad(torch.cat([x, -x]), (0, -2 * len(x) % compiled.LANES)).view(1, -1, compiled.LANES)
+    stored = torch.empty(x.shape, dtype=torch.bfloat16)
+    copy_rounded(x.numpy(), numbers(stored))
+    torch.testing.assert_close(stored, x.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
+
+
+@njit
+def copy_rounded(source, target):
+    for i in range(source.shape[1]):
+        compiled.store(target[0, i], 0, compiled.load(source[0, i], 0))
 
 
 @pytest.mark.parametrize("queries", [1, 2, 7])
@@ -48,7 +91,7 @@ def test_attention_beyond_float32s_exponents_is_torchs(strength):
         (13, 22, 8, 13, 3, 3),  # sides that do not end with a tile
     ],
 )
-@pytest.mark.parametrize(("width_in", "width_out"), [(5, 7), (600, 3)])
+@pytest.mark.parametrize(("width_in", "width_out"), [(16, 48), (1040, 16)])
 def test_tiles_are_a_convolution_of_the_activated_map(height, width, top, bottom, first, count, width_in, width_out):
     x, scale, shift = torch.randn(height, width, width_in), torch.randn(width_in), torch.randn(width_in)
     weights, bias = torch.randn(width_out, width_in, 3, 3) / (9 * width_in) ** 0.5, torch.randn(width_out)
@@ -66,16 +109,23 @@ def test_tiles_are_a_convolution_of_the_activated_map(height, width, top, bottom
     assert found[:, columns.stop :].isnan().all()
 
 
-@pytest.mark.parametrize("offset", [0, 1000], ids=["around zero", "far from zero"])
-def test_settling_copies_and_measures(offset):
-    source = torch.randn(9, 40, 5) * torch.linspace(0.5, 2, 5) + offset
-    target, moments = torch.zeros(9, 40, 8), torch.zeros(2, 8, dtype=torch.float64)
-    compiled.settle(source.numpy(), target.numpy(), 2, moments.numpy())
-    assert torch.equal(target[..., 2:7], source)
-    assert not target[..., :2].any()
-    assert not target[..., 7:].any()
-    torch.testing.assert_close(moments[0, 2:7], source.double().mean((0, 1)), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(moments[1, 2:7], source.double().var((0, 1), correction=0), rtol=1e-4, atol=0)
+@pytest.mark.parametrize("level", [0, 1000], ids=["around zero", "far from zero"])
+@pytest.mark.parametrize(
+    ("precision", "kept"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+)
+@pytest.mark.parametrize("adds", [False, True], ids=["alone", "with more"])
+def test_settling_copies_adds_and_measures(level, precision, kept, adds):
+    source = (torch.randn(9, 40, 48) * torch.linspace(0.5, 2, 48) + level).to(precision)
+    beside = torch.randn(9, 40, 80)[..., 16:64] if adds else torch.empty(0, 0, 0)
+    target, moments = torch.zeros(9, 40, 80, dtype=kept), torch.zeros(2, 80, dtype=torch.float64)
+    compiled.settle(numbers(source), numbers(beside), numbers(target), 16, moments.numpy())
+    answer = source + beside if adds else source
+    assert torch.equal(target[..., 16:64], answer.to(kept))
+    assert not target[..., :16].any()
+    assert not target[..., 64:].any()
+    torch.testing.assert_close(moments[0, 16:64], answer.double().mean((0, 1)), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(moments[1, 16:64], answer.double().var((0, 1), correction=0), rtol=1e-4, atol=0)
 
 
 def test_where_no_folder_may_be_written_to_kernels_are_compiled_all_the_same(monkeypatch):
@@ -85,6 +135,6 @@ def test_where_no_folder_may_be_written_to_kernels_are_compiled_all_the_same(mon
         return lambda function: (function, signature, options)
 
     monkeypatch.setattr(compiled, "njit", njit)
-    function, signature, options = compiled.kernel("void(f4)", {"contract"})(max)
+    function, signature, options = compiled.kernel("void(f4)")(max)
     assert (function, signature) == (max, "void(f4)")
     assert options["nogil"]

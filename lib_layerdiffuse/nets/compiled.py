@@ -1,11 +1,14 @@
 """What torch has no fast operation for on a processor, compiled by numba where there is one (Forge has it by facexlib).
 
-Each kernel takes NumPy views of float32 memory, channels last, runs in the thread that calls it and holds no lock of
-Python's. Its loops are long and write to one place: only then does LLVM make vectors of them.
+Each kernel takes NumPy views of memory, maps with their channels last, runs in the thread that calls it and holds no
+lock of Python's. Numbers are float32, or bfloat16 as its bits in int16, as NumPy has no type for it. They are worked on
+as vectors of LANES, which divides all widths here: LLVM by itself often finds no vectors, and on Intel's processors
+uses half their width. All is in this one file, as numba's cache on disk notices only changes of a kernel's own file.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,11 +16,12 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, models, overload, register_model
 
 from lib_layerdiffuse.nets.winograd import REACH, TILE
 
-KEYS = 512  # at once: with their values 32 KiB, which a core's first cache holds
+LANES = 16  # numbers of a vector: one register of AVX-512, two of AVX2, each read number serving both
+KEYS = 512  # whose weighted values are summed by themselves: sums of a thousand float32 numbers lose digits
 BLOCK = 1024  # numbers of each column of tiles that are worked on at once, or one tile
 
 ZERO, ONE, TWO, FOUR, FIVE, EIGHT = (np.float32(number) for number in (0, 1, 2, 4, 5, 8))
@@ -28,14 +32,12 @@ TO_INTEGER = np.float32(1.5 * 2**23)  # a float32 number so large that adding it
 _NODES = np.polynomial.chebyshev.chebpts1(6) / 2
 C0, C1, C2, C3, C4, C5 = np.polynomial.polynomial.polyfit(_NODES, 2.0**_NODES, 5).astype(np.float32)
 
-SUMS = {"reassoc", "contract", "nsz"}  # may be taken in any order, which vectors need
 
-
-def kernel(signature: str, fastmath: set[str]) -> Callable[[Any], Any]:
+def kernel(signature: str | list[str]) -> Callable[[Any], Any]:
     """Compiled at once, so that what numba cannot do shows on import; kept on disk where it may write to a folder."""
 
     def decorate(function: Any) -> Any:
-        compile_with = partial(njit, signature, nogil=True, error_model="numpy", fastmath=fastmath)
+        compile_with = partial(njit, signature, nogil=True, error_model="numpy")
         try:
             return compile_with(cache=True)(function)
         except RuntimeError:
@@ -44,137 +46,233 @@ def kernel(signature: str, fastmath: set[str]) -> Callable[[Any], Any]:
     return decorate
 
 
-@intrinsic
-def as_float(_: Any, bits: Any) -> Any:
-    return types.float32(types.int32), lambda context, builder, _, given: builder.bitcast(given[0], ir.FloatType())
+# --- vectors ---
+
+
+class Vector(types.Type):
+    """LANES float32 numbers, in a register."""
+
+    def __init__(self) -> None:
+        super().__init__("Vector")
+
+
+VECTOR = Vector()
+FLOATS, BITS, HALVES = (ir.VectorType(of, LANES) for of in (ir.FloatType(), ir.IntType(32), ir.IntType(16)))
+HALF = 16  # bits
+
+
+@register_model(Vector)
+class VectorModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, FLOATS)
+
+
+def alike(value: int) -> ir.Constant:
+    return ir.Constant(BITS, [value] * LANES)
+
+
+def spread(builder: Any, kind: Any, value: Any) -> Any:
+    """A number in all lanes; of a vector itself."""
+    if kind == VECTOR:
+        return value
+    one = builder.insert_element(ir.Constant(FLOATS, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(one, ir.Constant(FLOATS, ir.Undefined), alike(0))
+
+
+def combine(build: Callable[[Any, Any, Any], Any]) -> Any:
+    """An operation on two vectors, or a vector and a number."""
+
+    @intrinsic
+    def combined(_: Any, a: Any, b: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+            return build(builder, *(spread(builder, *each) for each in zip(signature.args, given)))
+
+        return VECTOR(a, b), generate
+
+    return combined
+
+
+def define(operation: Any, name: str) -> None:
+    """What Python writes as this operator; a product and a sum may become one instruction."""
+    combined = combine(lambda builder, a, b: getattr(builder, name)(a, b, flags=("contract", "nsz")))
+
+    @overload(operation)
+    def of_vectors(a, b):
+        return (lambda a, b: combined(a, b)) if VECTOR in (a, b) else None
+
+
+for _operation, _name in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")):
+    define(_operation, _name)
+
+# By an estimate of 1 / b and a step of Newton's, which takes a third of the time of a division.
+quotient = combine(lambda builder, a, b: builder.fdiv(a, b, flags=("arcp", "contract", "nsz")))
+smaller = combine(lambda builder, a, b: builder.select(builder.fcmp_ordered("<", a, b), a, b))
+larger = combine(lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
+
+
+@combine
+def times_power(builder: Any, number: Any, whole: Any) -> Any:
+    """number · 2^n, where `whole` is n + TO_INTEGER."""
+    exponent = builder.shl(builder.bitcast(whole, BITS), alike(23))
+    return builder.bitcast(builder.add(builder.bitcast(number, BITS), exponent), FLOATS)
+
+
+def place(context: Any, builder: Any, signature: Any, given: Any, of: Any) -> Any:
+    """Where number `given[1]` of an array lies, as a pointer to a vector."""
+    array = context.make_array(signature.args[0])(context, builder, given[0])
+    return builder.bitcast(builder.gep(array.data, [given[1]]), of.as_pointer())
 
 
 @intrinsic
-def as_bits(_: Any, number: Any) -> Any:
-    return types.int32(types.float32), lambda context, builder, _, given: builder.bitcast(given[0], ir.IntType(32))
+def load(_: Any, array: Any, index: Any) -> Any:
+    """LANES numbers from there on, of float32 or bfloat16; the array is one line of memory."""
+
+    def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        if array.dtype == types.float32:
+            return builder.load(place(context, builder, signature, given, FLOATS), align=4)
+        bits = builder.load(place(context, builder, signature, given, HALVES), align=2)
+        return builder.bitcast(builder.shl(builder.zext(bits, BITS), alike(HALF)), FLOATS)
+
+    return VECTOR(array, types.intp), generate
 
 
-@njit(fastmath={"contract"})  # not in any order: rounding by TO_INTEGER would go
+@intrinsic
+def store(_: Any, array: Any, index: Any, vector: Any) -> Any:
+    """There; to bfloat16 by rounding to the nearest, the even one of two."""
+
+    def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        value = given[2]
+        if array.dtype == types.float32:
+            builder.store(value, place(context, builder, signature, given, FLOATS), align=4)
+            return context.get_dummy_value()
+        bits = builder.bitcast(value, BITS)
+        odd = builder.and_(builder.lshr(bits, alike(HALF)), alike(1))
+        rounded = builder.add(bits, builder.add(odd, alike(2 ** (HALF - 1) - 1)))
+        none = builder.or_(bits, alike(2**22))  # what is no number stays none
+        bits = builder.select(builder.fcmp_unordered("uno", value, value), none, rounded)
+        halves = builder.trunc(builder.lshr(bits, alike(HALF)), HALVES)
+        builder.store(halves, place(context, builder, signature, given, HALVES), align=2)
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, VECTOR), generate
+
+
+@njit(forceinline=True)
 def exp2(x):
     """2^x, for -126 <= x < 128: the fraction by a polynomial, the whole part added to its exponent."""
     whole = x + TO_INTEGER
     rest = x - (whole - TO_INTEGER)
-    power = C0 + rest * (C1 + rest * (C2 + rest * (C3 + rest * (C4 + rest * C5))))
-    return as_float(np.int32(as_bits(power) + (as_bits(whole) << 23)))
+    return times_power(C0 + rest * (C1 + rest * (C2 + rest * (C3 + rest * (C4 + rest * C5)))), whole)
 
 
 @njit(forceinline=True)
-def eight(rows, first, last):
-    """The columns `first` to `last` of eight rows."""
+def silu(x):
+    return quotient(x, ONE + exp2(smaller(larger(x * -LOG2_E, LOWEST), -LOWEST)))
+
+
+# --- kernels ---
+
+
+@njit(forceinline=True)
+def eight(rows):
+    """The first vectors of eight rows."""
     return (
-        rows[0, first:last], rows[1, first:last], rows[2, first:last], rows[3, first:last],
-        rows[4, first:last], rows[5, first:last], rows[6, first:last], rows[7, first:last],
+        load(rows[0], 0), load(rows[1], 0), load(rows[2], 0), load(rows[3], 0),
+        load(rows[4], 0), load(rows[5], 0), load(rows[6], 0), load(rows[7], 0),
     )  # fmt: skip
 
 
 @njit(forceinline=True)
-def column(rows, i):
-    """Eight numbers."""
-    return (rows[0, i], rows[1, i], rows[2, i], rows[3, i], rows[4, i], rows[5, i], rows[6, i], rows[7, i])
-
-
-@njit(forceinline=True, fastmath=SUMS)
-def weight(q, k, i):
-    """Of key i for a query."""
-    return exp2(
-        q[0] * k[0][i] + q[1] * k[1][i] + q[2] * k[2][i] + q[3] * k[3][i]
-        + q[4] * k[4][i] + q[5] * k[5][i] + q[6] * k[6][i] + q[7] * k[7][i]
+def gathered(sums, q, pair):
+    """The sums of weighted values and of the weights, with those of one key and its value."""
+    w = exp2(
+        q[0] * pair[0] + q[1] * pair[1] + q[2] * pair[2] + q[3] * pair[3]
+        + q[4] * pair[4] + q[5] * pair[5] + q[6] * pair[6] + q[7] * pair[7]
     )  # fmt: skip
-
-
-@njit(forceinline=True, fastmath=SUMS)
-def gathered(sums, w, v, i):
-    """The sums of weighted values and of the weights, with those of key i."""
     return (
-        sums[0] + w * v[0][i], sums[1] + w * v[1][i], sums[2] + w * v[2][i], sums[3] + w * v[3][i],
-        sums[4] + w * v[4][i], sums[5] + w * v[5][i], sums[6] + w * v[6][i], sums[7] + w * v[7][i], sums[8] + w,
+        sums[0] + w * pair[8], sums[1] + w * pair[9], sums[2] + w * pair[10], sums[3] + w * pair[11],
+        sums[4] + w * pair[12], sums[5] + w * pair[13], sums[6] + w * pair[14], sums[7] + w * pair[15], sums[8] + w,
     )  # fmt: skip
 
 
-@kernel("void(f4[:,:,::1], f4[:,:,::1], f4[:,:,::1], f4[:,:,::1])", SUMS)
+@kernel("void(f4[:,:,::1], f4[:,:,::1], f4[:,:,::1], f4[:,:,::1])")
 def attend(queries, keys, values, answers):
     """[heads, 8, Q] and twice [heads, 8, K] -> [heads, 8, Q]; weights 2^(query · key), where |query · key| <= 100.
 
-    Two queries at a time, for some keys first their weights and then what these gather: all sums stay in registers.
+    Sixteen queries at a time, a lane each: all sums stay in registers, and a key with its value is one line of a cache.
     """
     heads, _, count = queries.shape
     many = keys.shape[2]
-    sums = np.empty((count, 9), np.float32)
-    of_a, of_b = np.empty(KEYS, np.float32), np.empty(KEYS, np.float32)
+    pairs = np.empty((many, 16), np.float32)
+    some, sums = np.zeros((8, LANES), np.float32), np.empty((9, LANES), np.float32)
     for head in range(heads):
-        sums[:] = 0
-        for first in range(0, many, KEYS):
-            last = min(first + KEYS, many)
-            k, v = eight(keys[head], first, last), eight(values[head], first, last)
-            for a in range(0, count, 2):
-                b = min(a + 1, count - 1)  # of an odd number the last query twice
-                query_a, query_b = column(queries[head], a), column(queries[head], b)
-                for i in range(last - first):
-                    of_a[i] = weight(query_a, k, i)
-                    of_b[i] = weight(query_b, k, i)
-                sums_a = sums_b = (ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO)
-                for i in range(last - first):
-                    sums_a, sums_b = gathered(sums_a, of_a[i], v, i), gathered(sums_b, of_b[i], v, i)
-                for number in range(9):
-                    sums[a, number] += sums_a[number]
-                    if b != a:
-                        sums[b, number] += sums_b[number]
         for number in range(8):
-            for query in range(count):
-                answers[head, number, query] = sums[query, number] / sums[query, 8]
+            for i in range(many):
+                pairs[i, number] = keys[head, number, i]
+                pairs[i, 8 + number] = values[head, number, i]
+        for begin in range(0, count, LANES):
+            end = min(begin + LANES, count)
+            some[:, : end - begin] = queries[head, :, begin:end]
+            q = eight(some)
+            none = q[0] * ZERO
+            sums[:] = 0
+            for first in range(0, many, KEYS):
+                these = (none, none, none, none, none, none, none, none, none)
+                for i in range(first, min(first + KEYS, many)):
+                    these = gathered(these, q, pairs[i])
+                for number, each in enumerate(these):
+                    store(sums[number], 0, load(sums[number], 0) + each)
+            for number in range(8):
+                for i in range(begin, end):
+                    answers[head, number, i] = sums[number, i - begin] / sums[8, i - begin]
 
 
-@njit(forceinline=True, fastmath={"contract"})
-def silu(x):
-    return x / (ONE + exp2(min(max(-x * LOG2_E, LOWEST), -LOWEST)))
+READ = "void({}[:,:,::1], f4[::1], f4[::1], i8, i8, {}[:,:,::1])"
 
 
-@njit(fastmath={"contract"})
-def of_tile(point, x0, x1, x2, x3, x4, x5, answer):
-    """Six pixels as a polynomial, taken at a point."""
-    if point == 0:
-        for i in range(answer.size):
-            answer[i] = FOUR * x0[i] - FIVE * x2[i] + x4[i]
-    elif point == 1:
-        for i in range(answer.size):
-            answer[i] = (x3[i] + x4[i]) - FOUR * (x1[i] + x2[i])
-    elif point == 2:
-        for i in range(answer.size):
-            answer[i] = (x4[i] - x3[i]) + FOUR * (x1[i] - x2[i])
-    elif point == 3:
-        for i in range(answer.size):
-            answer[i] = (x4[i] - x2[i]) + TWO * (x3[i] - x1[i])
-    elif point == 4:
-        for i in range(answer.size):
-            answer[i] = (x4[i] - x2[i]) - TWO * (x3[i] - x1[i])
-    else:
-        for i in range(answer.size):
-            answer[i] = FOUR * x1[i] - FIVE * x3[i] + x5[i]
+@kernel([READ.format("f4", "f4"), READ.format("f4", "i2"), READ.format("i2", "i2")])
+def activate(rows, scale, shift, top, offset, target):
+    """Rows of [H, W, C] from `top` on, normalised and activated, and zero beyond the picture.
+
+    scale, shift: [C]; target: [rows, W + 2, C'], from channel `offset` on.
+    """
+    height, width, channels = rows.shape
+    for y in range(target.shape[0]):
+        for x in range(width + 2):
+            pixel = target[y, x]
+            if 0 <= top + y < height and 0 < x <= width:
+                source = rows[top + y, x - 1]
+                for c in range(0, channels, LANES):
+                    store(pixel, offset + c, silu(load(source, c) * load(scale, c) + load(shift, c)))
+            else:
+                pixel[offset : offset + channels] = 0
 
 
-@njit(fastmath={"contract"})
-def of_answer(pixel, x0, x1, x2, x3, x4, x5, answer):
-    """One of four pixels, from the six points of a product of polynomials."""
-    if pixel == 0:
-        for i in range(answer.size):
-            answer[i] = x0[i] + (x1[i] + x2[i]) + (x3[i] + x4[i])
-    elif pixel == 1:
-        for i in range(answer.size):
-            answer[i] = (x1[i] - x2[i]) + TWO * (x3[i] - x4[i])
-    elif pixel == 2:
-        for i in range(answer.size):
-            answer[i] = (x1[i] + x2[i]) + FOUR * (x3[i] + x4[i])
-    else:
-        for i in range(answer.size):
-            answer[i] = (x1[i] - x2[i]) + EIGHT * (x3[i] - x4[i]) + x5[i]
+@njit(forceinline=True)
+def at_points(x0, x1, x2, x3, x4, x5):
+    """Six pixels as a polynomial, taken at Winograd's six points."""
+    return (
+        FOUR * x0 - FIVE * x2 + x4,
+        (x3 + x4) - FOUR * (x1 + x2),
+        (x4 - x3) + FOUR * (x1 - x2),
+        (x4 - x2) + TWO * (x3 - x1),
+        (x4 - x2) - TWO * (x3 - x1),
+        FOUR * x1 - FIVE * x3 + x5,
+    )
 
 
-@kernel("void(f4[:,:,::1], f4[::1], f4[::1], i8, i8, i8, i8, f4[:,::1])", {"contract"})
+@njit(forceinline=True)
+def of_points(x0, x1, x2, x3, x4, x5):
+    """Four pixels, from the six points of a product of polynomials."""
+    return (
+        x0 + (x1 + x2) + (x3 + x4),
+        (x1 - x2) + TWO * (x3 - x4),
+        (x1 + x2) + FOUR * (x3 + x4),
+        (x1 - x2) + EIGHT * (x3 - x4) + x5,
+    )
+
+
+@kernel("void(f4[:,:,::1], f4[::1], f4[::1], i8, i8, i8, i8, f4[:,::1])")
 def into_tiles(rows, scale, shift, top, left, down, across, factors):
     """Factors of `down` · `across` tiles of a map that is normalised and activated first.
 
@@ -183,103 +281,108 @@ def into_tiles(rows, scale, shift, top, left, down, across, factors):
     height, width, channels = rows.shape
     block = max(1, BLOCK // channels)
     lines = np.zeros((REACH, TILE, (block + 1) * channels), np.float32)
-    turned = np.zeros((TILE, (block + 1) * channels), np.float32)
+    turned = np.zeros((REACH, TILE, (block + 1) * channels), np.float32)
     for first in range(0, across, block):
         count = min(block, across - first)
+        size = count * channels
         for tile_row in range(down):
             y0 = top + tile_row * TILE - 1
             for y in range(y0 if tile_row == 0 else y0 + 2, y0 + REACH):
                 line = lines[(y + 1) % REACH]
                 for column in range(count * TILE + 2):
                     x = (left + first) * TILE + column - 1
-                    tile = column // TILE
-                    pixel = line[column % TILE, tile * channels : (tile + 1) * channels]
+                    pixels, begin = line[column % TILE], column // TILE * channels
                     if 0 <= y < height and 0 <= x < width:
                         source = rows[y, x]
-                        for c in range(channels):
-                            pixel[c] = silu(source[c] * scale[c] + shift[c])
+                        for c in range(0, channels, LANES):
+                            store(pixels, begin + c, silu(load(source, c) * load(scale, c) + load(shift, c)))
                     else:
-                        pixel[:] = 0
-            begin = (tile_row * across + first) * channels
-            end = begin + count * channels
+                        pixels[begin : begin + channels] = 0
             l0, l1, l2 = lines[(y0 + 1) % REACH], lines[(y0 + 2) % REACH], lines[(y0 + 3) % REACH]
             l3, l4, l5 = lines[(y0 + 4) % REACH], lines[(y0 + 5) % REACH], lines[(y0 + 6) % REACH]
-            size = count * channels
-            for i in range(REACH):
-                for column in range(TILE):
-                    upto = size + (column < 2) * channels
-                    of_tile(
-                        i,
-                        l0[column, :upto], l1[column, :upto], l2[column, :upto],
-                        l3[column, :upto], l4[column, :upto], l5[column, :upto],
-                        turned[column, :upto],
-                    )  # fmt: skip
-                for j in range(REACH):
-                    of_tile(
-                        j,
-                        turned[0, :size], turned[1, :size], turned[2, :size], turned[3, :size],
-                        turned[0, channels : channels + size], turned[1, channels : channels + size],
-                        factors[REACH * i + j, begin:end],
-                    )  # fmt: skip
+            for column in range(TILE):
+                a, b, c, d, e, f = l0[column], l1[column], l2[column], l3[column], l4[column], l5[column]
+                for i in range(0, size + (column < 2) * channels, LANES):
+                    found = at_points(load(a, i), load(b, i), load(c, i), load(d, i), load(e, i), load(f, i))
+                    for point, each in enumerate(found):
+                        store(turned[point, column], i, each)
+            begin = (tile_row * across + first) * channels
+            for point in range(REACH):
+                a, b, c, d = turned[point]
+                for i in range(0, size, LANES):
+                    e, f = load(a, channels + i), load(b, channels + i)
+                    found = at_points(load(a, i), load(b, i), load(c, i), load(d, i), e, f)
+                    for other, each in enumerate(found):
+                        store(factors[REACH * point + other], begin + i, each)
 
 
-@kernel("void(f4[:,::1], f4[::1], i8, i8, f4[:,:,::1])", {"contract"})
+@kernel("void(f4[:,::1], f4[::1], i8, i8, f4[:,:,::1])")
 def out_of_tiles(products, bias, left, across, rows):
     """Products [POINTS, tiles · C] to as many rows of tiles as [H, W, C] has, from tile `left` on, the bias added."""
     height, width, channels = rows.shape
     down = (height + TILE - 1) // TILE
     block = max(1, BLOCK // channels)
-    turned = np.empty((REACH, block * channels), np.float32)
-    line = np.empty((TILE, block * channels), np.float32)
+    turned = np.empty((TILE, REACH, block * channels), np.float32)
     for first in range(0, across, block):
         count = min(block, across - first)
-        size = count * channels
         for tile_row in range(down):
             begin = (tile_row * across + first) * channels
-            end = begin + size
-            for i in range(min(TILE, height - tile_row * TILE)):
-                for j in range(REACH):
-                    of_answer(
-                        i,
-                        products[j, begin:end], products[REACH + j, begin:end], products[2 * REACH + j, begin:end],
-                        products[3 * REACH + j, begin:end], products[4 * REACH + j, begin:end],
-                        products[5 * REACH + j, begin:end], turned[j, :size],
-                    )  # fmt: skip
-                for j in range(TILE):
-                    of_answer(
-                        j, turned[0, :size], turned[1, :size], turned[2, :size], turned[3, :size], turned[4, :size],
-                        turned[5, :size], line[j, :size],
-                    )  # fmt: skip
-                row = rows[tile_row * TILE + i]
-                for column in range(min(count * TILE, width - (left + first) * TILE)):
-                    tile = column // TILE
-                    pixel = row[(left + first) * TILE + column]
-                    found = line[column % TILE, tile * channels : (tile + 1) * channels]
-                    for c in range(channels):
-                        pixel[c] = found[c] + bias[c]
+            for point in range(REACH):
+                a, b, c = products[point], products[REACH + point], products[2 * REACH + point]
+                d, e, f = products[3 * REACH + point], products[4 * REACH + point], products[5 * REACH + point]
+                for i in range(0, count * channels, LANES):
+                    j = begin + i
+                    found = of_points(load(a, j), load(b, j), load(c, j), load(d, j), load(e, j), load(f, j))
+                    for pixel, each in enumerate(found):
+                        store(turned[pixel, point], i, each)
+            for y in range(min(TILE, height - tile_row * TILE)):
+                row = rows[tile_row * TILE + y]
+                a, b, c, d, e, f = turned[y]
+                for tile in range(count):
+                    x0 = (left + first + tile) * TILE
+                    for channel in range(0, channels, LANES):
+                        i = tile * channels + channel
+                        found = of_points(load(a, i), load(b, i), load(c, i), load(d, i), load(e, i), load(f, i))
+                        for pixel, each in enumerate(found):
+                            if x0 + pixel < width:
+                                store(row[x0 + pixel], channel, each + load(bias, channel))
 
 
-@kernel("void(f4[:,:,::1], f4[:,:,::1], i8, f8[:,::1])", SUMS)
-def settle(source, target, offset, moments):
-    """Copy [H, W, c] into [H, W, C] from channel `offset` on, and their mean and variance into [2, C], float64."""
+@njit(forceinline=True)
+def of_both(source, beside, y, x, c):
+    value = load(source[y, x], c)
+    return value + load(beside[y, x], c) if beside.size else value
+
+
+SETTLE = "void({}[:,:,::1], f4[:,:,:], {}[:,:,::1], i8, f8[:,::1])"
+
+
+@kernel([SETTLE.format("f4", "f4"), SETTLE.format("i2", "f4"), SETTLE.format("i2", "i2")])
+def settle(source, beside, target, offset, moments):
+    """[H, W, c], and what is beside it if that is not empty, into [H, W, C] from channel `offset` on.
+
+    The mean and variance of what is written, into [2, C], float64.
+    """
     height, width, channels = source.shape
-    pivot, sums, squares = source[0, 0].copy(), np.empty(channels, np.float32), np.empty(channels, np.float32)
+    pivots, sums, squares = np.empty((3, channels), np.float32)
     total = np.zeros((2, channels), np.float64)
+    for c in range(0, channels, LANES):
+        store(pivots, c, of_both(source, beside, 0, 0, c))
     for y in range(height):
         sums[:] = 0
         squares[:] = 0
         for x in range(width):
-            found, place = source[y, x], target[y, x, offset : offset + channels]
-            for c in range(channels):
-                place[c] = found[c]
-            for c in range(channels):
-                sums[c] += found[c] - pivot[c]
-            for c in range(channels):
-                squares[c] += (found[c] - pivot[c]) * (found[c] - pivot[c])
+            pixel = target[y, x]
+            for c in range(0, channels, LANES):
+                value = of_both(source, beside, y, x, c)
+                store(pixel, offset + c, value)
+                value = value - load(pivots, c)
+                store(sums, c, load(sums, c) + value)
+                store(squares, c, load(squares, c) + value * value)
         for c in range(channels):
             total[0, c] += sums[c]
             total[1, c] += squares[c]
     for c in range(channels):
         mean = total[0, c] / (height * width)
-        moments[0, offset + c] = pivot[c] + mean
+        moments[0, offset + c] = pivots[c] + mean
         moments[1, offset + c] = total[1, c] / (height * width) - mean * mean

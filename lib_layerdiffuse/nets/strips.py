@@ -9,7 +9,6 @@ The maps may be kept elsewhere (`storage`) than where they are computed: a GPU t
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -21,7 +20,7 @@ from lib_layerdiffuse.nets import winograd
 from lib_layerdiffuse.nets.attention import narrow_attention
 from lib_layerdiffuse.nets.decoder import HEAD_DIM, LATENT_LEVEL, TransparentDecoder
 from lib_layerdiffuse.nets.products import linear
-from lib_layerdiffuse.nets.scratch import Scratch
+from lib_layerdiffuse.nets.scratch import Blocks, Scratch
 from lib_layerdiffuse.tensors import Argb, Latent, Rgb
 
 STRIP_BYTES = 8 * 2**20  # of a layer's input or output, float32: stays in the last cache
@@ -29,8 +28,8 @@ WORTH_TILES = 128  # channels; with fewer, Winograd's way with the tiles takes w
 WORTH_LARGE_TILES = 512  # the same where the picture is enlarged first, and could be convolved while it is small
 WORTH_KERNEL = 256  # pixels of a map; with fewer, its way with the kernel takes more than convolving does
 
-Shape: TypeAlias = tuple[int, int, int, int]
-Strip: TypeAlias = Callable[[int, int], Tensor]  # from row, to row -> [B, C, rows, W], channels last
+# From row, to row -> twice [B, C, rows, W], channels last: a part of the answer, and what is to be added, if anything.
+Strip: TypeAlias = Callable[[int, int], tuple[Tensor, Tensor | None]]
 Layer: TypeAlias = Callable[[slice], Strip]  # of these channels of the answer
 
 
@@ -52,7 +51,7 @@ def moments(x: Tensor) -> Tensor:
     return torch.stack([torch.stack(each) for each in zip(*of_each)])
 
 
-def spans(shape: Shape, widest: int, strip_bytes: int, strips: int = 1) -> list[tuple[int, int]]:
+def spans(shape: Sequence[int], widest: int, strip_bytes: int, strips: int = 1) -> list[tuple[int, int]]:
     """From row, to row: a map in at least so many strips, in which `widest` channels as wide take so many bytes."""
     batch, channels, height, width = shape
     step = winograd.TILE  # even, too, for upsampling
@@ -127,7 +126,7 @@ class StripDecoder:
         self.precision = precision or weight.dtype
         self._floats_on_cpu = self.device.type == "cpu" and self.precision == torch.float32
         self._scratch = Scratch(self.precision, self.device)
-        self._free: defaultdict[int, list[Tensor]] = defaultdict(list)  # fresh memory costs as much as a layer's sums
+        self._blocks = Blocks(self.storage)
 
     def __call__(self, rgb: Rgb, latent: Latent) -> Argb:
         """The raw answer, not clipped to [0, 1], in storage."""
@@ -160,12 +159,17 @@ class StripDecoder:
 
     def _resnet(self, sources: Sequence[FeatureMap], resnet: Any, last_use: bool = False) -> FeatureMap:
         """last_use: nobody needs the sources after this."""
-        hidden = self._convolve(sources, resnet.conv1, resnet.norm1)
-        in_place = last_use and self._in_place(resnet.conv2, hidden)
-        if in_place:  # the answer may lie where the sources do
-            self._give_back(*sources)
-        answer = self._convolve([hidden], resnet.conv2, resnet.norm2, shortcut=(sources, resnet.conv_shortcut))
-        self._give_back(hidden, *(sources if last_use and not in_place else ()))
+        batch, _, height, width = sources[0].values.shape
+        shape = batch, resnet.conv1.out_channels, height, width
+        exact = self._take(shape, resnet.conv1.weight.dtype)  # the convolution's, so nothing is lost
+        hidden = self._convolve(sources, resnet.conv1, resnet.norm1, into=exact)
+        ended = [source for source in sources if last_use]
+        in_place = [each for each in ended if each.values.shape == shape and self._in_place(resnet.conv2, hidden)]
+        into = in_place[0].values if in_place else None
+        answer = self._convolve(
+            [hidden], resnet.conv2, resnet.norm2, shortcut=(sources, resnet.conv_shortcut), into=into
+        )
+        self._give_back(hidden, *(each for each in ended if each.values is not into))
         return answer
 
     def _convolve(
@@ -175,8 +179,12 @@ class StripDecoder:
         norm: nn.GroupNorm | None = None,
         shortcut: tuple[Sequence[FeatureMap], nn.Module] | None = None,
         stride: int = 1,
+        into: Tensor | None = None,
     ) -> FeatureMap:
-        """A 3×3 convolution of the sources, joined in channels; first normalised and activated, if `norm` is given."""
+        """A 3×3 convolution of the sources, joined in channels; first normalised and activated, if `norm` is given.
+
+        into: where the answer should lie; one of the sources of the shortcut, if nobody needs it after this.
+        """
         batch, _, height, width = sources[0].values.shape
         normalising = normalisation(sources, norm) if norm else None
         weights, bias = conv.weight, conv.bias
@@ -184,16 +192,13 @@ class StripDecoder:
         def layer(part: slice) -> Strip:
             convolved = self._convolved(sources, normalising, weights[part], bias[part], stride)
 
-            def strip(top: int, bottom: int) -> Tensor:
-                y = convolved(top, bottom)
-                if shortcut:
-                    self._add_shortcut(y, *shortcut, top, bottom, part)
-                return y
+            def strip(top: int, bottom: int) -> tuple[Tensor, Tensor | None]:
+                return convolved(top, bottom), self._shortcut(*shortcut, top, bottom, part) if shortcut else None
 
             return strip
 
-        shape = batch, conv.out_channels, height // stride, width // stride
-        return self._by_strips(shape, layer, stride**2 * conv.in_channels, weights.numel())
+        into = self._take((batch, conv.out_channels, height // stride, width // stride)) if into is None else into
+        return self._by_strips(into, layer, stride**2 * conv.in_channels, weights.numel())
 
     def _convolved(
         self,
@@ -202,7 +207,7 @@ class StripDecoder:
         weights: Tensor,
         bias: Tensor,
         stride: int,
-    ) -> Strip:
+    ) -> Callable[[int, int], Tensor]:
         """What convolves strips of the sources, to the channels that these weights are of."""
         batch, _, height, width = sources[0].values.shape
         convolve = self._convolution(weights, bias, stride, batch * height * width)
@@ -219,20 +224,20 @@ class StripDecoder:
             if pixels < WORTH_KERNEL:
                 return lambda x: convolve_as_product(x, weights, bias, stride, self._scratch)
         weights = channels_last(weights)
-        return lambda x: channels_last(F.conv2d(x, weights, bias, stride).to(self.precision))
+        return lambda x: channels_last(F.conv2d(x, weights, bias, stride))
 
-    def _add_shortcut(
-        self, y: Tensor, sources: Sequence[FeatureMap], conv: Any, top: int, bottom: int, part: slice
-    ) -> None:
-        """To y, rows of the sources; where there is one, through the 1×1 convolution of them joined in channels."""
+    def _shortcut(self, sources: Sequence[FeatureMap], conv: Any, top: int, bottom: int, part: slice) -> Tensor:
+        """Rows of the sources; where there is one, through the 1×1 convolution of them joined in channels."""
         rows = [source.values[:, :, top:bottom].to(self.device) for source in sources]
         if isinstance(conv, nn.Identity):
-            y += rows[0][:, part]
-            return
-        answer = y.permute(0, 2, 3, 1).view(-1, y.shape[1])
-        matrices = conv.weight[part].to(y).flatten(1).split([x.shape[1] for x in rows], dim=1)
-        for x, matrix, bias in zip(rows, matrices, (conv.bias[part].to(y), None)):
-            answer += linear(x.permute(0, 2, 3, 1).flatten(0, 2), matrix, bias)
+            return rows[0][:, part]
+        weights, bias = (each[part].to(self.precision) for each in (conv.weight, conv.bias))
+        matrices = weights.flatten(1).split([x.shape[1] for x in rows], dim=1)
+        first, *others = (x.permute(0, 2, 3, 1) for x in rows)
+        y = linear(first, matrices[0], bias)
+        for x, matrix in zip(others, matrices[1:]):
+            y += linear(x, matrix)
+        return y.permute(0, 3, 1, 2)
 
     def _upsample(self, source: FeatureMap, conv: Any) -> FeatureMap:
         """Twice the size, each pixel four times, then convolved."""
@@ -240,9 +245,10 @@ class StripDecoder:
 
         def layer(part: slice) -> Strip:
             enlarge = self._enlargement(conv.weight[part], conv.bias[part], 4 * batch * height * width)
-            return lambda top, bottom: enlarge(self._read([source], top // 2 - 1, bottom // 2 + 1))
+            return lambda top, bottom: (enlarge(self._read([source], top // 2 - 1, bottom // 2 + 1)), None)
 
-        answer = self._by_strips((batch, channels, 2 * height, 2 * width), layer, weights=conv.weight.numel())
+        large = self._take((batch, channels, 2 * height, 2 * width))
+        answer = self._by_strips(large, layer, weights=conv.weight.numel())
         self._give_back(source)
         return answer
 
@@ -290,13 +296,13 @@ class StripDecoder:
 
     # --- strips ---
 
-    def _by_strips(self, shape: Shape, layer: Layer, widest: int = 1, weights: int = 0) -> FeatureMap:
-        """The map that `layer` makes of so many weights, reading `widest` channels as wide."""
-        values = self._take(shape)
-        strip, strips = layer(slice(0, shape[1])), spans(shape, widest, STRIP_BYTES)
+    def _by_strips(self, values: Tensor, layer: Layer, widest: int = 1, weights: int = 0) -> FeatureMap:
+        """The map that `layer` makes of so many weights, reading `widest` channels as wide, into these values."""
+        strip, strips = layer(slice(0, values.shape[1])), spans(values.shape, widest, STRIP_BYTES)
         found = []
         for top, bottom in strips:
-            y = strip(top, bottom)
+            y, beside = strip(top, bottom)
+            y = y if beside is None else y + beside
             found.append(moments(y))
             values[:, :, top:bottom] = y
         return joined(values, strips, torch.stack(found))
@@ -337,12 +343,9 @@ class StripDecoder:
     def _whole(self, values: Tensor) -> FeatureMap:
         return joined(self._take(values.shape).copy_(values), [(0, values.shape[2])], moments(values)[None])
 
-    def _take(self, shape: Sequence[int]) -> Tensor:
+    def _take(self, shape: Sequence[int], precision: torch.dtype | None = None) -> Tensor:
         batch, channels, height, width = shape
-        free = self._free[batch * channels * height * width]
-        memory = free.pop() if free else torch.empty(*shape, dtype=self.precision, device=self.storage)
-        return memory.view(batch, height, width, channels).permute(0, 3, 1, 2)
+        return self._blocks.take(precision or self.precision, batch, height, width, channels).permute(0, 3, 1, 2)
 
     def _give_back(self, *maps: FeatureMap) -> None:
-        for each in maps:
-            self._free[each.values.numel()].append(each.values.permute(0, 2, 3, 1))
+        self._blocks.give_back(*(each.values for each in maps))

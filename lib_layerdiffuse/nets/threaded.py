@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,22 +14,26 @@ from lib_layerdiffuse.nets import compiled, strips, winograd
 from lib_layerdiffuse.nets.attention import compiled_attention
 from lib_layerdiffuse.nets.decoder import HEAD_DIM, TransparentDecoder
 from lib_layerdiffuse.nets.products import linear
-from lib_layerdiffuse.nets.strips import FeatureMap, Layer, Shape, Strip, StripDecoder, joined, normalisation, spans
+from lib_layerdiffuse.nets.scratch import Scratch
+from lib_layerdiffuse.nets.strips import FeatureMap, Layer, Strip, StripDecoder, joined, normalisation, spans
 from lib_layerdiffuse.nets.threads import Threads
 from lib_layerdiffuse.tensors import Argb, Latent, Rgb
 
 STRIP_BYTES = 2 * 2**20  # of a layer's input or output, for each thread
 SHARES = 4  # of a layer, at least, for each thread: none waits for long for another
 WORTH_TILES = 32  # channels; where the kernels turn the tiles, Winograd's way pays sooner
+NOTHING = torch.empty(0, 0, 0).numpy()  # to be added
 TILE_NUMBERS = 8192  # of each point at once: factors and products stay in a core's second cache, or nearly
 
 
 class ThreadedDecoder(StripDecoder):
-    """Answers as `net` does, whose weights are on a processor; the maps are float32."""
+    """Answers as `net` does, whose weights are on a processor; maps that others are added to are float32."""
 
     def __init__(self, net: TransparentDecoder) -> None:
         super().__init__(net, precision=torch.float32)
         self._threads = Threads()
+        self._strips = Scratch(net.conv_in.weight.dtype)
+        self._kernels: list[Tensor] = []  # of the layer
 
     def __call__(self, rgb: Rgb, latent: Latent) -> Argb:
         """One picture after another."""
@@ -46,10 +51,11 @@ class ThreadedDecoder(StripDecoder):
         weights: Tensor,
         bias: Tensor,
         stride: int,
-    ) -> Strip:
+    ) -> Callable[[int, int], Tensor]:
         _, _, height, width = sources[0].values.shape
         suits_tiles = min(weights.shape[:2]) >= WORTH_TILES and height * width >= strips.WORTH_KERNEL
-        if normalising and stride == 1 and weights.dtype == torch.float32 and suits_tiles:
+        in_vectors = self._suit_vectors(len(weights), *(source.values.shape[1] for source in sources))
+        if normalising and stride == 1 and weights.dtype == torch.float32 and suits_tiles and in_vectors:
             return self._in_tiles(sources, normalising, weights, bias)
         return super()._convolved(sources, normalising, weights, bias, stride)
 
@@ -59,13 +65,13 @@ class ThreadedDecoder(StripDecoder):
         normalising: Sequence[tuple[Tensor, Tensor]],
         weights: Tensor,
         bias: Tensor,
-    ) -> Strip:
+    ) -> Callable[[int, int], Tensor]:
         """Winograd's convolution; of joined sources, the products of each are added up."""
         width_out, width = len(weights), sources[0].values.shape[3]
         widths_in = [source.values.shape[1] for source in sources]
         rows = [in_memory(source.values) for source in sources]
         scales, shifts = ([each.flatten().numpy() for each in pair] for pair in zip(*normalising))
-        kernels = [self._turned(each, f"kernel {index}") for index, each in enumerate(weights.split(widths_in, dim=1))]
+        kernels = [self._turned(each) for each in weights.split(widths_in, dim=1)]
         tiles = TILE_NUMBERS // max(width_out, *widths_in)
 
         def strip(top: int, bottom: int) -> Tensor:
@@ -84,9 +90,26 @@ class ThreadedDecoder(StripDecoder):
 
         return strip
 
-    def _turned(self, weights: Tensor, name: str) -> Tensor:
-        """`winograd.turned` in threads, and scratch memory of this name."""
-        kernel = self._scratch(name, len(weights), winograd.POINTS, weights.shape[1])
+    def _read(
+        self,
+        sources: Sequence[FeatureMap],
+        top: int,
+        bottom: int,
+        normalising: Sequence[tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        widths = [source.values.shape[1] for source in sources]
+        if not normalising or not self._suit_vectors(*widths):
+            return super()._read(sources, top, bottom, normalising)
+        x = self._strips("strip", bottom - top, sources[0].values.shape[3] + 2, sum(widths))
+        for source, (scale, shift), offset in zip(sources, normalising, accumulate(widths, initial=0)):
+            rows, of_each = in_memory(source.values), (scale.flatten().numpy(), shift.flatten().numpy())
+            compiled.activate(rows, *of_each, top, offset, numbers(x))
+        return x.permute(2, 0, 1)[None]
+
+    def _turned(self, weights: Tensor) -> Tensor:
+        """`winograd.turned` in threads, and until the layer is done: in the memory of any map that nobody needs now."""
+        kernel = self._blocks.take(torch.float32, len(weights), winograd.POINTS, weights.shape[1], at_most=float("inf"))
+        self._kernels.append(kernel)
         self._threads.run(partial(winograd.turn, weights[part], kernel[part]) for part in self._parts(len(weights)))
         return kernel.permute(1, 2, 0)
 
@@ -95,7 +118,7 @@ class ThreadedDecoder(StripDecoder):
         if isinstance(attention, nn.Identity):
             return source
         [(scale, shift)] = normalisation([source], attention.group_norm)
-        batch, channels, height, width = source.values.shape
+        _, channels, height, width = source.values.shape
         rows = source.values.permute(0, 2, 3, 1).flatten(0, 2)  # -> [HW, C]
         tokens = torch.addcmul(shift.flatten(), rows, scale.flatten(), out=self._scratch("tokens", *rows.shape))
         mixed = self._scratch("mixed", channels, height * width)
@@ -111,40 +134,52 @@ class ThreadedDecoder(StripDecoder):
         self._threads.run(partial(heads, part) for part in self._parts(channels, HEAD_DIM))
         weights, bias = (each.float() for each in (attention.to_out[0].weight, attention.to_out[0].bias))
 
-        def strip(top: int, bottom: int) -> Tensor:
-            some = slice(top * width, bottom * width)
-            y = linear(mixed[:, some].T, weights, bias).add_(rows[some])
-            return y.view(1, bottom - top, width, channels).permute(0, 3, 1, 2)
+        def strip(top: int, bottom: int) -> tuple[Tensor, Tensor]:
+            y = linear(mixed[:, top * width : bottom * width].T, weights, bias)
+            return y.view(1, bottom - top, width, channels).permute(0, 3, 1, 2), source.values[:, :, top:bottom]
 
-        answer = self._by_strips((batch, channels, height, width), lambda _: strip)
+        answer = self._by_strips(self._take(source.values.shape), lambda _: strip)
         self._give_back(source)
         return answer
 
     # --- strips ---
 
-    def _by_strips(self, shape: Shape, layer: Layer, widest: int = 1, weights: int = 0) -> FeatureMap:
+    def _by_strips(self, values: Tensor, layer: Layer, widest: int = 1, weights: int = 0) -> FeatureMap:
         """The threads share the rows, or where there are more weights than pixels, the channels."""
-        values = self._take(shape)
-        _, channels, height, _ = shape
+        _, channels, height, _ = values.shape
         by_channels = shared_by_channels(weights, values)
-        rows = [(0, height)] if by_channels else spans(shape, widest, STRIP_BYTES, SHARES * self._threads.count)
+        rows = [(0, height)] if by_channels else spans(values.shape, widest, STRIP_BYTES, SHARES * self._threads.count)
         moments = torch.empty(len(rows), 2, 1, channels, dtype=torch.float64)
 
-        def settle(strip: Strip, index: int, first: int = 0) -> None:
+        def settle(strip: Strip, index: int, part: slice = slice(0, channels)) -> None:
             top, bottom = rows[index]
-            y, target = strip(top, bottom), in_memory(values)[top:bottom]
-            compiled.settle(in_memory(y), target, first, moments[index].flatten(0, 1).numpy())
+            (y, beside), found = strip(top, bottom), moments[index]
+            if self._suit_vectors(y.shape[1]):
+                source, target = in_memory(y), in_memory(values)[top:bottom]
+                more = NOTHING if beside is None else in_memory(beside)
+                compiled.settle(source, more, target, part.start, found.flatten(0, 1).numpy())
+            else:
+                y = y if beside is None else y + beside
+                values[:, part, top:bottom] = y
+                found[..., part] = strips.moments(y)
 
         if by_channels:
-            parts = self._parts(channels, shares=1)
-            self._threads.run(partial(lambda part: settle(layer(part), 0, part.start), part) for part in parts)
+            parts = self._parts(channels, compiled.LANES, shares=1)
+            self._threads.run(partial(lambda part: settle(layer(part), 0, part), part) for part in parts)
         else:
             strip = layer(slice(0, channels))
             self._threads.run(partial(settle, strip, index) for index in range(len(rows)))
+        self._blocks.give_back(*self._kernels)
+        self._kernels.clear()
         return joined(values, rows, moments)
 
     def _in_place(self, conv: nn.Conv2d, source: FeatureMap) -> bool:
         return not shared_by_channels(conv.weight.numel(), source.values)
+
+    def _suit_vectors(self, *widths: int) -> bool:
+        """Whether the kernels take maps of so many channels; others, and those of float16, are left to torch."""
+        known = self.net.conv_in.weight.dtype in (torch.float32, torch.bfloat16)
+        return known and not any(width % compiled.LANES for width in widths)
 
     def _parts(self, channels: int, step: int = 1, shares: int = SHARES) -> list[slice]:
         """So many shares of the channels for each thread, `step` or a multiple each."""
@@ -159,4 +194,9 @@ def shared_by_channels(weights: int, values: Tensor) -> bool:
 
 def in_memory(values: Tensor) -> Any:
     """[1, C, H, W], channels last -> NumPy's view, [H, W, C]."""
-    return values[0].permute(1, 2, 0).numpy()
+    return numbers(values[0].permute(1, 2, 0))
+
+
+def numbers(values: Tensor) -> Any:
+    """NumPy's view: float32, or the bits of bfloat16."""
+    return (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()

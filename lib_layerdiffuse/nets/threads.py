@@ -38,7 +38,14 @@ class Threads:
             return
         # As here; each thread has its own mode, and what was made in inference cannot be written outside of it.
         mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
-        running = [self._pool.submit(mode()(work)) for work in works]
+        waiting = iter(list(works))  # a list's, from which threads may take at once
+
+        def work_through() -> None:
+            with mode():
+                for work in waiting:
+                    work()
+
+        running = [self._pool.submit(work_through) for _ in range(self.count)]
         errors = [error for each in running if (error := each.exception())]
         if errors:
             raise errors[0]
