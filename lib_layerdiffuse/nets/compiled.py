@@ -199,7 +199,7 @@ def gathered(sums, q, pair):
 def attend(queries, keys, values, answers):
     """[heads, 8, Q] and twice [heads, 8, K] -> [heads, 8, Q]; weights 2^(query · key), where |query · key| <= 100.
 
-    Sixteen queries at a time, a lane each: all sums stay in registers, and a key with its value is one line of a cache.
+    Sixteen queries at a time, a lane each: all sums stay in registers, and a key's numbers are read with its value's.
     """
     heads, _, count = queries.shape
     many = keys.shape[2]
@@ -294,8 +294,9 @@ def into_tiles(rows, scale, shift, top, left, down, across, factors):
                     pixels, begin = line[column % TILE], column // TILE * channels
                     if 0 <= y < height and 0 <= x < width:
                         source = rows[y, x]
-                        for c in range(0, channels, LANES):
-                            store(pixels, begin + c, silu(load(source, c) * load(scale, c) + load(shift, c)))
+                        for channel in range(0, channels, LANES):
+                            normal = load(source, channel) * load(scale, channel) + load(shift, channel)
+                            store(pixels, begin + channel, silu(normal))
                     else:
                         pixels[begin : begin + channels] = 0
             l0, l1, l2 = lines[(y0 + 1) % REACH], lines[(y0 + 2) % REACH], lines[(y0 + 3) % REACH]
@@ -350,6 +351,7 @@ def out_of_tiles(products, bias, left, across, rows):
 
 @njit(forceinline=True)
 def of_both(source, beside, y, x, c):
+    """Their sum at one place, or what `source` has there."""
     value = load(source[y, x], c)
     return value + load(beside[y, x], c) if beside.size else value
 
