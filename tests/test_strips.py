@@ -140,6 +140,18 @@ def test_the_next_picture_finds_nothing_of_the_last(net, decoder_class):
 
 
 @torch.no_grad()
+def test_turned_kernels_lie_in_memory_that_the_next_layer_has_too(net, monkeypatch):
+    for module, name in ((threaded, "WORTH_TILES"), (strips, "WORTH_KERNEL")):
+        monkeypatch.setattr(module, name, 1)
+    decoder = ThreadedDecoder(net)
+    turn = Mock(wraps=winograd.turn)
+    monkeypatch.setattr(winograd, "turn", turn)
+    decoder(*random_input())
+    kernels = {call.args[1].untyped_storage().data_ptr() for call in turn.call_args_list}
+    assert kernels <= {each.data_ptr() for each in decoder._blocks._free}
+
+
+@torch.no_grad()
 def test_memory_is_used_again_not_gathered(net, decoder_class):
     decoder = decoder_class(net)
     decoder(*random_input())
