@@ -39,10 +39,11 @@ def test_silu_over_all_numbers():
 def test_reading_normalises_activates_and_rounds(source, target, top):
     x, (scale, shift) = torch.randn(6, 10, 32).to(source), torch.randn(2, 32)
     x[4, 2, 5] = torch.nan
-    found = activated(x, scale, shift, top, 5, target)
+    exact = activated(x.float(), scale, shift, top, 5, torch.float32)
     expected = F.pad(F.silu(x.float() * scale + shift), (0, 0, 1, 1, 1, 5))[top + 1 : top + 6]
-    step = {} if target == torch.float32 else {"rtol": 2**-8, "atol": 1e-8}  # one step of bfloat16
-    torch.testing.assert_close(found, expected.to(target), equal_nan=True, **step)
+    torch.testing.assert_close(exact, expected, equal_nan=True)
+    found = activated(x, scale, shift, top, 5, target)
+    torch.testing.assert_close(found, exact.to(target), rtol=0, atol=0, equal_nan=True)
 
 
 def test_rounding_is_to_the_nearest_and_what_is_no_number_stays_none():
