@@ -170,6 +170,12 @@ def silu(x):
     return quotient(x, ONE + exp2(smaller(larger(x * -LOG2_E, LOWEST), -LOWEST)))
 
 
+@njit(forceinline=True)
+def activated(pixel, scale, shift, c):
+    """A pixel's channels from c on, normalised before."""
+    return silu(load(pixel, c) * load(scale, c) + load(shift, c))
+
+
 # --- kernels ---
 
 
@@ -243,7 +249,7 @@ def activate(rows, scale, shift, top, offset, target):
             if 0 <= top + y < height and 0 < x <= width:
                 source = rows[top + y, x - 1]
                 for c in range(0, channels, LANES):
-                    store(pixel, offset + c, silu(load(source, c) * load(scale, c) + load(shift, c)))
+                    store(pixel, offset + c, activated(source, scale, shift, c))
             else:
                 pixel[offset : offset + channels] = 0
 
@@ -295,8 +301,7 @@ def into_tiles(rows, scale, shift, top, left, down, across, factors):
                     if 0 <= y < height and 0 <= x < width:
                         source = rows[y, x]
                         for channel in range(0, channels, LANES):
-                            normal = load(source, channel) * load(scale, channel) + load(shift, channel)
-                            store(pixels, begin + channel, silu(normal))
+                            store(pixels, begin + channel, activated(source, scale, shift, channel))
                     else:
                         pixels[begin : begin + channels] = 0
             l0, l1, l2 = lines[(y0 + 1) % REACH], lines[(y0 + 2) % REACH], lines[(y0 + 3) % REACH]

@@ -28,6 +28,8 @@ WORTH_TILES = 128  # channels; with fewer, Winograd's way with the tiles takes w
 WORTH_LARGE_TILES = 512  # the same where the picture is enlarged first, and could be convolved while it is small
 WORTH_KERNEL = 256  # pixels of a map; with fewer, its way with the kernel takes more than convolving does
 
+Normalising: TypeAlias = Sequence[tuple[Tensor, Tensor]]  # a scale and a shift of each source, [B, C, 1, 1], float32
+Rows: TypeAlias = Callable[[int, int], Tensor]  # from row, to row -> [B, C, rows, W], channels last
 # From row, to row -> twice [B, C, rows, W], channels last: a part of the answer, and what is to be added, if anything.
 Strip: TypeAlias = Callable[[int, int], tuple[Tensor, Tensor | None]]
 Layer: TypeAlias = Callable[[slice], Strip]  # of these channels of the answer
@@ -51,6 +53,13 @@ def moments(x: Tensor) -> Tensor:
     return torch.stack([torch.stack(each) for each in zip(*of_each)])
 
 
+def settle(y: Tensor, beside: Tensor | None, target: Tensor) -> Tensor:
+    """A strip, and what is to be added, into its place in the map; the moments of both together."""
+    y = y if beside is None else y + beside
+    target.copy_(y)
+    return moments(y)
+
+
 def spans(shape: Sequence[int], widest: int, strip_bytes: int, strips: int = 1) -> list[tuple[int, int]]:
     """From row, to row: a map in at least so many strips, in which `widest` channels as wide take so many bytes."""
     batch, channels, height, width = shape
@@ -69,8 +78,8 @@ def joined(values: Tensor, strips: Sequence[tuple[int, int]], of_each: Tensor) -
     return FeatureMap(values, mean.float(), variance.float())
 
 
-def normalisation(sources: Sequence[FeatureMap], norm: nn.GroupNorm) -> list[tuple[Tensor, Tensor]]:
-    """For each source a scale and a shift, [B, C, 1, 1], float32: `norm` of all of them, joined in channels."""
+def normalisation(sources: Sequence[FeatureMap], norm: nn.GroupNorm) -> Normalising:
+    """`norm` of all sources, joined in channels."""
     means = torch.cat([source.mean for source in sources], dim=1).unflatten(1, (norm.num_groups, -1))
     variances = torch.cat([source.variance for source in sources], dim=1).unflatten(1, (norm.num_groups, -1))
     mean = means.mean(2, keepdim=True)
@@ -163,9 +172,9 @@ class StripDecoder:
         shape = batch, resnet.conv1.out_channels, height, width
         exact = self._take(shape, resnet.conv1.weight.dtype)  # the convolution's, so nothing is lost
         hidden = self._convolve(sources, resnet.conv1, resnet.norm1, into=exact)
-        ended = [source for source in sources if last_use]
-        in_place = [each for each in ended if each.values.shape == shape and self._in_place(resnet.conv2, hidden)]
-        into = in_place[0].values if in_place else None
+        ended = sources if last_use else ()
+        alike = [each.values for each in ended if each.values.shape == shape]
+        into = alike[0] if alike and self._in_place(resnet.conv2, hidden) else None
         answer = self._convolve(
             [hidden], resnet.conv2, resnet.norm2, shortcut=(sources, resnet.conv_shortcut), into=into
         )
@@ -201,13 +210,8 @@ class StripDecoder:
         return self._by_strips(into, layer, stride**2 * conv.in_channels, weights.numel())
 
     def _convolved(
-        self,
-        sources: Sequence[FeatureMap],
-        normalising: Sequence[tuple[Tensor, Tensor]] | None,
-        weights: Tensor,
-        bias: Tensor,
-        stride: int,
-    ) -> Callable[[int, int], Tensor]:
+        self, sources: Sequence[FeatureMap], normalising: Normalising | None, weights: Tensor, bias: Tensor, stride: int
+    ) -> Rows:
         """What convolves strips of the sources, to the channels that these weights are of."""
         batch, _, height, width = sources[0].values.shape
         convolve = self._convolution(weights, bias, stride, batch * height * width)
@@ -216,7 +220,7 @@ class StripDecoder:
         )
 
     def _convolution(self, weights: Tensor, bias: Tensor, stride: int, pixels: int) -> Callable[[Tensor], Tensor]:
-        """What convolves a strip of a map that has so many pixels, and answers in the maps' precision."""
+        """What convolves a strip of a map that has so many pixels."""
         if self._floats_on_cpu and weights.dtype == torch.float32:
             if stride == 1 and min(weights.shape[:2]) >= WORTH_TILES and pixels >= WORTH_KERNEL:
                 kernel = winograd.turned(weights, self._scratch)
@@ -301,10 +305,7 @@ class StripDecoder:
         strip, strips = layer(slice(0, values.shape[1])), spans(values.shape, widest, STRIP_BYTES)
         found = []
         for top, bottom in strips:
-            y, beside = strip(top, bottom)
-            y = y if beside is None else y + beside
-            found.append(moments(y))
-            values[:, :, top:bottom] = y
+            found.append(settle(*strip(top, bottom), values[:, :, top:bottom]))
         return joined(values, strips, torch.stack(found))
 
     def _in_place(self, conv: nn.Conv2d, source: FeatureMap) -> bool:
@@ -312,11 +313,7 @@ class StripDecoder:
         return True
 
     def _read(
-        self,
-        sources: Sequence[FeatureMap],
-        top: int,
-        bottom: int,
-        normalising: Sequence[tuple[Tensor, Tensor]] | None = None,
+        self, sources: Sequence[FeatureMap], top: int, bottom: int, normalising: Normalising | None = None
     ) -> Tensor:
         """Rows of the sources joined in channels, with a column more at each side; zero beyond the picture."""
         batch, _, height, width = sources[0].values.shape

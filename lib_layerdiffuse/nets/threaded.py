@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -15,15 +15,25 @@ from lib_layerdiffuse.nets.attention import compiled_attention
 from lib_layerdiffuse.nets.decoder import HEAD_DIM, TransparentDecoder
 from lib_layerdiffuse.nets.products import linear
 from lib_layerdiffuse.nets.scratch import Scratch
-from lib_layerdiffuse.nets.strips import FeatureMap, Layer, Strip, StripDecoder, joined, normalisation, spans
+from lib_layerdiffuse.nets.strips import (
+    FeatureMap,
+    Layer,
+    Normalising,
+    Rows,
+    Strip,
+    StripDecoder,
+    joined,
+    normalisation,
+    spans,
+)
 from lib_layerdiffuse.nets.threads import Threads
 from lib_layerdiffuse.tensors import Argb, Latent, Rgb
 
 STRIP_BYTES = 2 * 2**20  # of a layer's input or output, for each thread
 SHARES = 4  # of a layer, at least, for each thread: none waits for long for another
 WORTH_TILES = 32  # channels; where the kernels turn the tiles, Winograd's way pays sooner
-NOTHING = torch.empty(0, 0, 0).numpy()  # to be added
 TILE_NUMBERS = 8192  # of each point at once: factors and products stay in a core's second cache, or nearly
+NOTHING = torch.empty(0, 0, 0).numpy()  # beside a strip to which nothing is to be added
 
 
 class ThreadedDecoder(StripDecoder):
@@ -45,13 +55,8 @@ class ThreadedDecoder(StripDecoder):
     # --- layers ---
 
     def _convolved(
-        self,
-        sources: Sequence[FeatureMap],
-        normalising: Sequence[tuple[Tensor, Tensor]] | None,
-        weights: Tensor,
-        bias: Tensor,
-        stride: int,
-    ) -> Callable[[int, int], Tensor]:
+        self, sources: Sequence[FeatureMap], normalising: Normalising | None, weights: Tensor, bias: Tensor, stride: int
+    ) -> Rows:
         _, _, height, width = sources[0].values.shape
         suits_tiles = min(weights.shape[:2]) >= WORTH_TILES and height * width >= strips.WORTH_KERNEL
         in_vectors = self._suit_vectors(len(weights), *(source.values.shape[1] for source in sources))
@@ -59,13 +64,7 @@ class ThreadedDecoder(StripDecoder):
             return self._in_tiles(sources, normalising, weights, bias)
         return super()._convolved(sources, normalising, weights, bias, stride)
 
-    def _in_tiles(
-        self,
-        sources: Sequence[FeatureMap],
-        normalising: Sequence[tuple[Tensor, Tensor]],
-        weights: Tensor,
-        bias: Tensor,
-    ) -> Callable[[int, int], Tensor]:
+    def _in_tiles(self, sources: Sequence[FeatureMap], normalising: Normalising, weights: Tensor, bias: Tensor) -> Rows:
         """Winograd's convolution; of joined sources, the products of each are added up."""
         width_out, width = len(weights), sources[0].values.shape[3]
         widths_in = [source.values.shape[1] for source in sources]
@@ -91,11 +90,7 @@ class ThreadedDecoder(StripDecoder):
         return strip
 
     def _read(
-        self,
-        sources: Sequence[FeatureMap],
-        top: int,
-        bottom: int,
-        normalising: Sequence[tuple[Tensor, Tensor]] | None = None,
+        self, sources: Sequence[FeatureMap], top: int, bottom: int, normalising: Normalising | None = None
     ) -> Tensor:
         widths = [source.values.shape[1] for source in sources]
         if not normalising or not self._suit_vectors(*widths):
@@ -159,9 +154,7 @@ class ThreadedDecoder(StripDecoder):
                 more = NOTHING if beside is None else in_memory(beside)
                 compiled.settle(source, more, target, part.start, found.flatten(0, 1).numpy())
             else:
-                y = y if beside is None else y + beside
-                values[:, part, top:bottom] = y
-                found[..., part] = strips.moments(y)
+                found[..., part] = strips.settle(y, beside, values[:, part, top:bottom])
 
         if by_channels:
             parts = self._parts(channels, compiled.LANES, shares=1)
