@@ -12,11 +12,19 @@ from lib_layerdiffuse.nets import products
 
 @pytest.mark.parametrize("has_onednn", [products.HAS_ONEDNN, False])
 @pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("adds", [True, False])
 @pytest.mark.parametrize("shape", [(7, 6), (2, 5, 6), (2, 0, 6)])
-def test_the_numbers_of_a_linear_map(monkeypatch, shape, has_bias, has_onednn):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_numbers_of_a_linear_map(monkeypatch, dtype, shape, adds, has_bias, has_onednn):
     monkeypatch.setattr(products, "HAS_ONEDNN", has_onednn)
-    x, weight, bias = torch.randn(shape), torch.randn(4, 6), torch.randn(4) if has_bias else None
-    torch.testing.assert_close(products.linear(x, weight, bias), F.linear(x, weight, bias))
+    x, weight = torch.randn(shape, dtype=dtype), torch.randn(4, 6, dtype=dtype)
+    bias = torch.randn(4, dtype=dtype) if has_bias else None
+    beside = torch.randn(*shape[:-1], 4, dtype=dtype) if adds else None
+    expected = F.linear(x, weight, bias) + (beside if adds else 0)
+    kept = beside.clone() if adds else None
+    found = products.linear(x, weight, bias, beside)
+    torch.testing.assert_close(found, expected, **({} if dtype == torch.float32 else {"rtol": 0.01, "atol": 0.02}))
+    assert beside is None or beside.equal(kept)
 
 
 def test_views_of_larger_tensors():
