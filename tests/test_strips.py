@@ -161,11 +161,20 @@ def test_memory_is_used_again_not_gathered(net, decoder_class):
     assert sum(each.numel() for each in decoder._blocks._free) == kept
 
 
-@pytest.mark.parametrize("make", [partial(StripDecoder, precision=torch.float32), ThreadedDecoder])
-@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
+def rounded(net, precision):
+    return TransparentDecoder.from_state_dict({key: value.to(precision) for key, value in net.state_dict().items()})
+
+
+IN_FLOAT32 = partial(StripDecoder, precision=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("make", "precision"),
+    [(IN_FLOAT32, torch.float16), (IN_FLOAT32, torch.bfloat16), (ThreadedDecoder, torch.float16)],
+)
 @torch.no_grad()
 def test_half_precision_weights_with_maps_in_full_precision(net, make, precision):
-    half = TransparentDecoder.from_state_dict({key: value.to(precision) for key, value in net.state_dict().items()})
+    half = rounded(net, precision)
     rgb, latent = random_input()
     exact = net(rgb, latent)
 
@@ -179,12 +188,28 @@ def test_half_precision_weights_with_maps_in_full_precision(net, make, precision
 
 @pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
 @torch.no_grad()
-def test_maps_may_be_in_half_precision(net, precision):
-    half = TransparentDecoder.from_state_dict({key: value.to(precision) for key, value in net.state_dict().items()})
+def test_maps_may_be_in_half_precision(net, decoder_class, precision):
     rgb, latent = random_input()
-    answer = StripDecoder(half)(rgb, latent)
-    assert answer.dtype == precision
+    answer = decoder_class(rounded(net, precision))(rgb, latent)
     torch.testing.assert_close(answer.float(), net(rgb, latent), rtol=0, atol=0.1)
+
+
+@torch.no_grad()
+def test_all_in_bfloat16_is_little_further_off_than_its_convolutions_are(monkeypatch):
+    """Maps, projections and shortcuts too, by the kernels; beside all these in float32."""
+    net = TransparentDecoder.from_state_dict(random_state_dict(ReferenceDecoder(RELEASED_WIDTHS)))
+    half, (rgb, latent) = rounded(net, torch.bfloat16), random_input(256, 512)
+    exact = net(rgb, latent)
+    kernels = {name: Mock(wraps=getattr(compiled, name)) for name in ("activate", "settle", "attend")}
+    for name, each in kernels.items():
+        monkeypatch.setattr(compiled, name, each)
+
+    def error(answer):
+        assert answer.dtype == torch.float32
+        return (answer - exact).square().mean().sqrt()
+
+    assert error(ThreadedDecoder(half)(rgb, latent)) < 1.1 * error(IN_FLOAT32(half)(rgb, latent))
+    assert all(each.called for each in kernels.values())
 
 
 @pytest.mark.parametrize("stride", [1, 2])

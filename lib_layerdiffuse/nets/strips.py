@@ -10,6 +10,8 @@ The maps may be kept elsewhere (`storage`) than where they are computed: a GPU t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -23,7 +25,7 @@ from lib_layerdiffuse.nets.products import linear
 from lib_layerdiffuse.nets.scratch import Blocks, Scratch
 from lib_layerdiffuse.tensors import Argb, Latent, Rgb
 
-STRIP_BYTES = 8 * 2**20  # of a layer's input or output, float32: stays in the last cache
+STRIP_BYTES = 8 * 2**20  # of a layer's input or output: stays in the last cache
 WORTH_TILES = 128  # channels; with fewer, Winograd's way with the tiles takes what it saves
 WORTH_LARGE_TILES = 512  # the same where the picture is enlarged first, and could be convolved while it is small
 WORTH_KERNEL = 256  # pixels of a map; with fewer, its way with the kernel takes more than convolving does
@@ -60,11 +62,12 @@ def settle(y: Tensor, beside: Tensor | None, target: Tensor) -> Tensor:
     return moments(y)
 
 
-def spans(shape: Sequence[int], widest: int, strip_bytes: int, strips: int = 1) -> list[tuple[int, int]]:
+def spans(values: Tensor, widest: int, strip_bytes: int, strips: int = 1) -> list[tuple[int, int]]:
     """From row, to row: a map in at least so many strips, in which `widest` channels as wide take so many bytes."""
-    batch, channels, height, width = shape
+    batch, channels, height, width = values.shape
     step = winograd.TILE  # even, too, for upsampling
-    fitting = min(strip_bytes // (4 * batch * max(channels, widest) * width), height // strips)
+    row_bytes = values.element_size() * batch * max(channels, widest) * width
+    fitting = min(strip_bytes // row_bytes, height // strips)
     rows = max(step, fitting // step * step)
     return [(top, min(top + rows, height)) for top in range(0, height, rows)]
 
@@ -133,6 +136,8 @@ class StripDecoder:
         self.device = weight.device
         self.storage = storage or weight.device
         self.precision = precision or weight.dtype
+        # An answer rounded to bfloat16 would be up to half a step of 255 off by that alone.
+        self._last = deepcopy(net.conv_out).float() if self.precision == torch.bfloat16 else net.conv_out
         self._floats_on_cpu = self.device.type == "cpu" and self.precision == torch.float32
         self._scratch = Scratch(self.precision, self.device)
         self._blocks = Blocks(self.storage)
@@ -160,7 +165,7 @@ class StripDecoder:
                 x = self._attend(self._resnet([x, skips.pop()], resnet, last_use=True), attention)
             for upsample in block.upsamplers:
                 x = self._upsample(x, upsample.conv)
-        answer = self._convolve([x], net.conv_out, net.conv_norm_out).values
+        answer = self._convolve([x], self._last, net.conv_norm_out).values
         self._give_back(x)
         return answer
 
@@ -206,7 +211,9 @@ class StripDecoder:
 
             return strip
 
-        into = self._take((batch, conv.out_channels, height // stride, width // stride)) if into is None else into
+        if into is None:
+            shape = batch, conv.out_channels, height // stride, width // stride
+            into = self._take(shape, torch.promote_types(weights.dtype, self.precision))
         return self._by_strips(into, layer, stride**2 * conv.in_channels, weights.numel())
 
     def _convolved(
@@ -215,20 +222,23 @@ class StripDecoder:
         """What convolves strips of the sources, to the channels that these weights are of."""
         batch, _, height, width = sources[0].values.shape
         convolve = self._convolution(weights, bias, stride, batch * height * width)
-        return lambda top, bottom: convolve(
-            self._read(sources, top * stride - 1, (bottom - 1) * stride + 2, normalising)
-        )
+        read = self._reader(sources, normalising)
+        return lambda top, bottom: convolve(read(top * stride - 1, (bottom - 1) * stride + 2))
 
     def _convolution(self, weights: Tensor, bias: Tensor, stride: int, pixels: int) -> Callable[[Tensor], Tensor]:
         """What convolves a strip of a map that has so many pixels."""
         if self._floats_on_cpu and weights.dtype == torch.float32:
             if stride == 1 and min(weights.shape[:2]) >= WORTH_TILES and pixels >= WORTH_KERNEL:
-                kernel = winograd.turned(weights, self._scratch)
+                kernel = self._turned(weights)
                 return lambda x: winograd.convolve(x, kernel, bias, self._scratch)
             if pixels < WORTH_KERNEL:
                 return lambda x: convolve_as_product(x, weights, bias, stride, self._scratch)
         weights = channels_last(weights)
-        return lambda x: channels_last(F.conv2d(x, weights, bias, stride))
+        return lambda x: channels_last(F.conv2d(x.to(weights), weights, bias, stride))
+
+    def _turned(self, weights: Tensor) -> Tensor:
+        """As Winograd's convolution takes them."""
+        return winograd.turned(weights, self._scratch)
 
     def _shortcut(self, sources: Sequence[FeatureMap], conv: Any, top: int, bottom: int, part: slice) -> Tensor:
         """Rows of the sources; where there is one, through the 1×1 convolution of them joined in channels."""
@@ -237,10 +247,10 @@ class StripDecoder:
             return rows[0][:, part]
         weights, bias = (each[part].to(self.precision) for each in (conv.weight, conv.bias))
         matrices = weights.flatten(1).split([x.shape[1] for x in rows], dim=1)
-        first, *others = (x.permute(0, 2, 3, 1) for x in rows)
-        y = linear(first, matrices[0], bias)
-        for x, matrix in zip(others, matrices[1:]):
-            y += linear(x, matrix)
+        first, *others = zip((x.permute(0, 2, 3, 1) for x in rows), matrices)
+        y = linear(*first, bias)
+        for each in others:
+            y = linear(*each, beside=y)
         return y.permute(0, 3, 1, 2)
 
     def _upsample(self, source: FeatureMap, conv: Any) -> FeatureMap:
@@ -249,7 +259,8 @@ class StripDecoder:
 
         def layer(part: slice) -> Strip:
             enlarge = self._enlargement(conv.weight[part], conv.bias[part], 4 * batch * height * width)
-            return lambda top, bottom: (enlarge(self._read([source], top // 2 - 1, bottom // 2 + 1)), None)
+            read = self._reader([source])
+            return lambda top, bottom: (enlarge(read(top // 2 - 1, bottom // 2 + 1)), None)
 
         large = self._take((batch, channels, 2 * height, 2 * width))
         answer = self._by_strips(large, layer, weights=conv.weight.numel())
@@ -302,7 +313,7 @@ class StripDecoder:
 
     def _by_strips(self, values: Tensor, layer: Layer, widest: int = 1, weights: int = 0) -> FeatureMap:
         """The map that `layer` makes of so many weights, reading `widest` channels as wide, into these values."""
-        strip, strips = layer(slice(0, values.shape[1])), spans(values.shape, widest, STRIP_BYTES)
+        strip, strips = layer(slice(0, values.shape[1])), spans(values, widest, STRIP_BYTES)
         found = []
         for top, bottom in strips:
             found.append(settle(*strip(top, bottom), values[:, :, top:bottom]))
@@ -312,9 +323,11 @@ class StripDecoder:
         """Whether a strip of what `conv` makes is written only when nobody reads those rows any more."""
         return True
 
-    def _read(
-        self, sources: Sequence[FeatureMap], top: int, bottom: int, normalising: Normalising | None = None
-    ) -> Tensor:
+    def _reader(self, sources: Sequence[FeatureMap], normalising: Normalising | None = None) -> Rows:
+        """What reads strips of the sources, normalised and activated, if those are given."""
+        return partial(self._read, sources, normalising)
+
+    def _read(self, sources: Sequence[FeatureMap], normalising: Normalising | None, top: int, bottom: int) -> Tensor:
         """Rows of the sources joined in channels, with a column more at each side; zero beyond the picture."""
         batch, _, height, width = sources[0].values.shape
         channels = sum(source.values.shape[1] for source in sources)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
@@ -29,21 +30,21 @@ from lib_layerdiffuse.nets.strips import (
 from lib_layerdiffuse.nets.threads import Threads
 from lib_layerdiffuse.tensors import Argb, Latent, Rgb
 
-STRIP_BYTES = 2 * 2**20  # of a layer's input or output, for each thread
-SHARES = 4  # of a layer, at least, for each thread: none waits for long for another
+STRIP_BYTES = 4 * 2**20  # of a layer's input or output, for each thread
+SHARES = 2  # of a layer, at least, for each thread: none waits for long for another
 WORTH_TILES = 32  # channels; where the kernels turn the tiles, Winograd's way pays sooner
-TILE_NUMBERS = 8192  # of each point at once: factors and products stay in a core's second cache, or nearly
-NOTHING = torch.empty(0, 0, 0).numpy()  # beside a strip to which nothing is to be added
+TILE_NUMBERS = 16384  # of each point at once: few enough for the caches, enough to be worth a call
 
 
 class ThreadedDecoder(StripDecoder):
-    """Answers as `net` does, whose weights are on a processor; maps that others are added to are float32."""
+    """Answers as `net` does, whose weights are on a processor."""
 
     def __init__(self, net: TransparentDecoder) -> None:
-        super().__init__(net, precision=torch.float32)
+        halves = net.conv_in.weight.dtype == torch.bfloat16
+        super().__init__(net, precision=torch.bfloat16 if halves else torch.float32)
         self._threads = Threads()
-        self._strips = Scratch(net.conv_in.weight.dtype)
-        self._kernels: list[Tensor] = []  # of the layer
+        self._floats = Scratch()
+        self._of_thread = threading.local()  # has the turned kernels that it uses
 
     def __call__(self, rgb: Rgb, latent: Latent) -> Argb:
         """One picture after another."""
@@ -89,24 +90,32 @@ class ThreadedDecoder(StripDecoder):
 
         return strip
 
-    def _read(
-        self, sources: Sequence[FeatureMap], top: int, bottom: int, normalising: Normalising | None = None
-    ) -> Tensor:
+    def _reader(self, sources: Sequence[FeatureMap], normalising: Normalising | None = None) -> Rows:
         widths = [source.values.shape[1] for source in sources]
         if not normalising or not self._suit_vectors(*widths):
-            return super()._read(sources, top, bottom, normalising)
-        x = self._strips("strip", bottom - top, sources[0].values.shape[3] + 2, sum(widths))
-        for source, (scale, shift), offset in zip(sources, normalising, accumulate(widths, initial=0)):
-            rows, of_each = in_memory(source.values), (scale.flatten().numpy(), shift.flatten().numpy())
-            compiled.activate(rows, *of_each, top, offset, numbers(x))
-        return x.permute(2, 0, 1)[None]
+            return super()._reader(sources, normalising)
+        rows = [in_memory(source.values) for source in sources]
+        norms = [[each.flatten().numpy() for each in pair] for pair in normalising]
+        offsets, columns = list(accumulate(widths, initial=0)), rows[0].shape[1] + 2
+
+        def read(top: int, bottom: int) -> Tensor:
+            x = self._scratch("strip", bottom - top, columns, offsets[-1])
+            target = numbers(x)
+            for values, (scale, shift), offset in zip(rows, norms, offsets):
+                compiled.activate(values, scale, shift, top, offset, target)
+            return x.permute(2, 0, 1)[None]
+
+        return read
 
     def _turned(self, weights: Tensor) -> Tensor:
-        """`winograd.turned` in threads, and until the layer is done: in the memory of any map that nobody needs now."""
+        """`winograd.turned` in threads, in the memory of any map that nobody needs now, until `_give_back_kernels`."""
         kernel = self._blocks.take(torch.float32, len(weights), winograd.POINTS, weights.shape[1], at_most=float("inf"))
-        self._kernels.append(kernel)
+        self._of_thread.__dict__.setdefault("kernels", []).append(kernel)
         self._threads.run(partial(winograd.turn, weights[part], kernel[part]) for part in self._parts(len(weights)))
         return kernel.permute(1, 2, 0)
+
+    def _give_back_kernels(self) -> None:
+        self._blocks.give_back(*self._of_thread.__dict__.pop("kernels", []))
 
     def _attend(self, source: FeatureMap, attention: Any) -> FeatureMap:
         """Each thread has some heads, then some rows."""
@@ -115,22 +124,22 @@ class ThreadedDecoder(StripDecoder):
         [(scale, shift)] = normalisation([source], attention.group_norm)
         _, channels, height, width = source.values.shape
         rows = source.values.permute(0, 2, 3, 1).flatten(0, 2)  # -> [HW, C]
-        tokens = torch.addcmul(shift.flatten(), rows, scale.flatten(), out=self._scratch("tokens", *rows.shape))
-        mixed = self._scratch("mixed", channels, height * width)
+        tokens = torch.addcmul(shift.flatten(), rows, scale.flatten(), out=self._floats("tokens", *rows.shape))
+        tokens, mixed = tokens.to(self.precision), self._floats("mixed", channels, height * width)
 
         def projected(layer: Any, part: slice) -> Tensor:
-            weights, bias = layer.weight[part].float(), layer.bias[part].float()
-            return linear(weights, tokens).add_(bias[:, None]).unflatten(0, (-1, HEAD_DIM))
+            weights, bias = layer.weight[part].to(self.precision), layer.bias[part]
+            return linear(weights, tokens).float().add_(bias[:, None]).unflatten(0, (-1, HEAD_DIM))
 
         def heads(part: slice) -> None:
             q, k, v = (projected(layer, part) for layer in (attention.to_q, attention.to_k, attention.to_v))
             compiled_attention(q, k, v, mixed[part].view_as(q), compiled.attend)
 
         self._threads.run(partial(heads, part) for part in self._parts(channels, HEAD_DIM))
-        weights, bias = (each.float() for each in (attention.to_out[0].weight, attention.to_out[0].bias))
+        weights, bias = (each.to(self.precision) for each in (attention.to_out[0].weight, attention.to_out[0].bias))
 
         def strip(top: int, bottom: int) -> tuple[Tensor, Tensor]:
-            y = linear(mixed[:, top * width : bottom * width].T, weights, bias)
+            y = linear(mixed[:, top * width : bottom * width].T.to(self.precision), weights, bias)
             return y.view(1, bottom - top, width, channels).permute(0, 3, 1, 2), source.values[:, :, top:bottom]
 
         answer = self._by_strips(self._take(source.values.shape), lambda _: strip)
@@ -143,27 +152,29 @@ class ThreadedDecoder(StripDecoder):
         """The threads share the rows, or where there are more weights than pixels, the channels."""
         _, channels, height, _ = values.shape
         by_channels = shared_by_channels(weights, values)
-        rows = [(0, height)] if by_channels else spans(values.shape, widest, STRIP_BYTES, SHARES * self._threads.count)
+        rows = [(0, height)] if by_channels else spans(values, widest, STRIP_BYTES, SHARES * self._threads.count)
         moments = torch.empty(len(rows), 2, 1, channels, dtype=torch.float64)
+        target, found = in_memory(values), moments[:, :, 0].numpy()
 
         def settle(strip: Strip, index: int, part: slice = slice(0, channels)) -> None:
             top, bottom = rows[index]
-            (y, beside), found = strip(top, bottom), moments[index]
+            y, beside = strip(top, bottom)
             if self._suit_vectors(y.shape[1]):
-                source, target = in_memory(y), in_memory(values)[top:bottom]
-                more = NOTHING if beside is None else in_memory(beside)
-                compiled.settle(source, more, target, part.start, found.flatten(0, 1).numpy())
+                more = in_memory(y[:, :, :0] if beside is None else beside)
+                compiled.settle(in_memory(y), more, target[top:bottom], part.start, found[index])
             else:
-                found[..., part] = strips.settle(y, beside, values[:, part, top:bottom])
+                moments[index, ..., part] = strips.settle(y, beside, values[:, part, top:bottom])
+
+        def share(part: slice) -> None:
+            settle(layer(part), 0, part)
+            self._give_back_kernels()
 
         if by_channels:
-            parts = self._parts(channels, compiled.LANES, shares=1)
-            self._threads.run(partial(lambda part: settle(layer(part), 0, part), part) for part in parts)
+            self._threads.run(partial(share, part) for part in self._parts(channels, compiled.LANES))
         else:
             strip = layer(slice(0, channels))
             self._threads.run(partial(settle, strip, index) for index in range(len(rows)))
-        self._blocks.give_back(*self._kernels)
-        self._kernels.clear()
+            self._give_back_kernels()
         return joined(values, rows, moments)
 
     def _in_place(self, conv: nn.Conv2d, source: FeatureMap) -> bool:
@@ -174,9 +185,9 @@ class ThreadedDecoder(StripDecoder):
         known = self.net.conv_in.weight.dtype in (torch.float32, torch.bfloat16)
         return known and not any(width % compiled.LANES for width in widths)
 
-    def _parts(self, channels: int, step: int = 1, shares: int = SHARES) -> list[slice]:
-        """So many shares of the channels for each thread, `step` or a multiple each."""
-        size = -(-channels // (step * shares * self._threads.count)) * step
+    def _parts(self, channels: int, step: int = 1) -> list[slice]:
+        """SHARES of the channels for each thread, `step` or a multiple each."""
+        size = -(-channels // (step * SHARES * self._threads.count)) * step
         return [slice(first, min(first + size, channels)) for first in range(0, channels, size)]
 
 
