@@ -28,16 +28,20 @@ ZERO, ONE, TWO, FOUR, FIVE, EIGHT = (np.float32(number) for number in (0, 1, 2, 
 LOG2_E = np.float32(np.log2(np.e))
 LOWEST = np.float32(-126)  # 2^x of less is no normal float32 number
 TO_INTEGER = np.float32(1.5 * 2**23)  # a float32 number so large that adding it rounds to whole numbers
-# 2^x for |x| <= 1/2 within 2e-7, through the zeros of Chebyshev's polynomial.
-_NODES = np.polynomial.chebyshev.chebpts1(6) / 2
-C0, C1, C2, C3, C4, C5 = np.polynomial.polynomial.polyfit(_NODES, 2.0**_NODES, 5).astype(np.float32)
-# 2^x - 1 - x for 0 <= x < 1 within 8e-6, in the same way, without a constant part.
-_NODES = np.polynomial.chebyshev.chebpts1(4) / 2 + 1 / 2
-D1, D2, D3, D4 = np.polynomial.polynomial.polyfit(_NODES, (2.0**_NODES - 1 - _NODES) / _NODES, 3).astype(np.float32)
 WHOLE = np.float32(256)  # from here to 512, a float32 number's lowest 15 bits are its fraction
 BIAS = WHOLE + np.float32(127)  # of float32's exponents
 
-binding.initialize_native_asmparser()  # for the instruction that `store` names; numba itself reads no assembler
+
+def polynomial(function: Callable[[Any], Any], middle: float, degree: int) -> Any:
+    """Its coefficients, for numbers up to 1/2 from the middle, through the zeros of Chebyshev's polynomial."""
+    nodes = np.polynomial.chebyshev.chebpts1(degree + 1) / 2 + middle
+    return np.polynomial.polynomial.polyfit(nodes, function(nodes), degree).astype(np.float32)
+
+
+C0, C1, C2, C3, C4, C5 = polynomial(lambda x: 2.0**x, 0, 5)  # within 2e-7
+D1, D2, D3, D4 = polynomial(lambda x: (2.0**x - 1 - x) / x, 1 / 2, 3)  # times x within 8e-6
+
+binding.initialize_native_asmparser()  # for the instruction that `rounded` names; numba itself reads no assembler
 
 
 def kernel(signature: str | list[str]) -> Callable[[Any], Any]:
@@ -124,25 +128,30 @@ def times_power(builder: Any, number: Any, whole: Any) -> Any:
     return builder.bitcast(builder.add(builder.bitcast(number, BITS), exponent), FLOATS)
 
 
-@intrinsic
-def fraction(_: Any, x: Any) -> Any:
+def convert(build: Callable[[Any, Any], Any]) -> Any:
+    """An operation on one vector."""
+
+    @intrinsic
+    def converted(_: Any, x: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+            return build(builder, *given)
+
+        return VECTOR(x), generate
+
+    return converted
+
+
+@convert
+def fraction(builder: Any, x: Any) -> Any:
     """WHOLE and the fraction of x, where WHOLE <= x < 2 * WHOLE."""
-
-    def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-        bits = builder.and_(builder.bitcast(given[0], BITS), alike(2**15 - 1))
-        return builder.bitcast(builder.or_(bits, alike(int(WHOLE.view(np.int32)))), FLOATS)
-
-    return VECTOR(x), generate
+    bits = builder.and_(builder.bitcast(x, BITS), alike(2**15 - 1))
+    return builder.bitcast(builder.or_(bits, alike(int(WHOLE.view(np.int32)))), FLOATS)
 
 
-@intrinsic
-def as_exponent(_: Any, x: Any) -> Any:
+@convert
+def as_exponent(builder: Any, x: Any) -> Any:
     """x - WHOLE as the bits of a float32 number, exponent and fraction; a bit of WHOLE's own makes it negative."""
-
-    def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-        return builder.bitcast(builder.shl(builder.bitcast(given[0], BITS), alike(8)), FLOATS)
-
-    return VECTOR(x), generate
+    return builder.bitcast(builder.shl(builder.bitcast(x, BITS), alike(8)), FLOATS)
 
 
 def place(context: Any, builder: Any, signature: Any, given: Any, of: Any) -> Any:
@@ -164,27 +173,29 @@ def load(_: Any, array: Any, index: Any) -> Any:
     return VECTOR(array, types.intp), generate
 
 
+def rounded(context: Any, builder: Any, value: Any) -> Any:
+    """The bits of bfloat16; by the processor's own instruction, if it is compiled for one that has it."""
+    if "+avx512bf16" in context.codegen().magic_tuple()[2]:
+        instruction = ir.InlineAsm(ir.FunctionType(HALVES, [FLOATS]), "vcvtneps2bf16 $1, $0", "=v,v")
+        return builder.call(instruction, [value])
+    bits = builder.bitcast(value, BITS)
+    odd = builder.and_(builder.lshr(bits, alike(HALF)), alike(1))
+    nearest = builder.add(bits, builder.add(odd, alike(2 ** (HALF - 1) - 1)))
+    none = builder.or_(bits, alike(2**22))  # what is no number stays none
+    bits = builder.select(builder.fcmp_unordered("uno", value, value), none, nearest)
+    return builder.trunc(builder.lshr(bits, alike(HALF)), HALVES)
+
+
 @intrinsic
 def store(_: Any, array: Any, index: Any, vector: Any) -> Any:
     """There; to bfloat16 by rounding to the nearest, the even one of two (a number below 2^-126 may become 0)."""
 
     def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-        value = given[2]
         if array.dtype == types.float32:
-            builder.store(value, place(context, builder, signature, given, FLOATS), align=4)
-            return context.get_dummy_value()
-        target = place(context, builder, signature, given, HALVES)
-        if "+avx512bf16" in context.codegen().magic_tuple()[2]:  # the features that it compiles for
-            rounding = ir.InlineAsm(ir.FunctionType(HALVES, [FLOATS]), "vcvtneps2bf16 $1, $0", "=v,v")
-            builder.store(builder.call(rounding, [value]), target, align=2)
-            return context.get_dummy_value()
-        bits = builder.bitcast(value, BITS)
-        odd = builder.and_(builder.lshr(bits, alike(HALF)), alike(1))
-        rounded = builder.add(bits, builder.add(odd, alike(2 ** (HALF - 1) - 1)))
-        none = builder.or_(bits, alike(2**22))  # what is no number stays none
-        bits = builder.select(builder.fcmp_unordered("uno", value, value), none, rounded)
-        halves = builder.trunc(builder.lshr(bits, alike(HALF)), HALVES)
-        builder.store(halves, target, align=2)
+            builder.store(given[2], place(context, builder, signature, given, FLOATS), align=4)
+        else:
+            halves = rounded(context, builder, given[2])
+            builder.store(halves, place(context, builder, signature, given, HALVES), align=2)
         return context.get_dummy_value()
 
     return types.none(array, types.intp, VECTOR), generate

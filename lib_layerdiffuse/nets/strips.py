@@ -277,7 +277,7 @@ class StripDecoder:
         def four_in_one(small: Tensor) -> Tensor:
             batch, _, rows, columns = small.shape
             height, width = rows - 2, columns - 2
-            parts = F.conv2d(small, weights, bias).chunk(4, dim=1)
+            parts = F.conv2d(small.to(weights), weights, bias).chunk(4, dim=1)
             y = self._scratch("answer", batch, 2 * height, 2 * width, parts[0].shape[1]).permute(0, 3, 1, 2)
             for index, part in enumerate(parts):
                 row, column = divmod(index, 2)
@@ -346,7 +346,7 @@ class StripDecoder:
                 part.copy_(rows)
         if normalising:
             F.silu(x, inplace=True)
-        return x.to(self.net.conv_in.weight.dtype)
+        return x
 
     # --- maps ---
 

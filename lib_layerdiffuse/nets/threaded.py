@@ -69,13 +69,13 @@ class ThreadedDecoder(StripDecoder):
         """Winograd's convolution; of joined sources, the products of each are added up."""
         width_out, width = len(weights), sources[0].values.shape[3]
         widths_in = [source.values.shape[1] for source in sources]
-        rows = [in_memory(source.values) for source in sources]
-        scales, shifts = ([each.flatten().numpy() for each in pair] for pair in zip(*normalising))
+        parts = in_arrays(sources, normalising)
         kernels = [self._turned(each) for each in weights.split(widths_in, dim=1)]
         tiles = TILE_NUMBERS // max(width_out, *widths_in)
 
         def strip(top: int, bottom: int) -> Tensor:
             y = self._scratch("answer", bottom - top, width, width_out)
+            target = y.numpy()
             down, across = -(-(bottom - top) // winograd.TILE), -(-width // winograd.TILE)
             for first in range(0, across, max(1, tiles // down)):
                 count = min(max(1, tiles // down), across - first)
@@ -83,9 +83,9 @@ class ThreadedDecoder(StripDecoder):
                 for index, kernel in enumerate(kernels):
                     factors = self._scratch("factors", winograd.POINTS, down * count, widths_in[index])
                     flat = factors.flatten(1).numpy()
-                    compiled.into_tiles(rows[index], scales[index], shifts[index], top, first, down, count, flat)
+                    compiled.into_tiles(*parts[index], top, first, down, count, flat)
                     torch.baddbmm(products, factors, kernel, beta=min(index, 1), out=products)
-                compiled.out_of_tiles(products.flatten(1).numpy(), bias.numpy(), first, count, y.numpy())
+                compiled.out_of_tiles(products.flatten(1).numpy(), bias.numpy(), first, count, target)
             return y.permute(2, 0, 1)[None]
 
         return strip
@@ -94,15 +94,14 @@ class ThreadedDecoder(StripDecoder):
         widths = [source.values.shape[1] for source in sources]
         if not normalising or not self._suit_vectors(*widths):
             return super()._reader(sources, normalising)
-        rows = [in_memory(source.values) for source in sources]
-        norms = [[each.flatten().numpy() for each in pair] for pair in normalising]
-        offsets, columns = list(accumulate(widths, initial=0)), rows[0].shape[1] + 2
+        parts, offsets = in_arrays(sources, normalising), list(accumulate(widths, initial=0))
+        columns = sources[0].values.shape[3] + 2
 
         def read(top: int, bottom: int) -> Tensor:
             x = self._scratch("strip", bottom - top, columns, offsets[-1])
             target = numbers(x)
-            for values, (scale, shift), offset in zip(rows, norms, offsets):
-                compiled.activate(values, scale, shift, top, offset, target)
+            for part, offset in zip(parts, offsets):
+                compiled.activate(*part, top, offset, target)
             return x.permute(2, 0, 1)[None]
 
         return read
@@ -182,8 +181,7 @@ class ThreadedDecoder(StripDecoder):
 
     def _suit_vectors(self, *widths: int) -> bool:
         """Whether the kernels take maps of so many channels; others, and those of float16, are left to torch."""
-        known = self.net.conv_in.weight.dtype in (torch.float32, torch.bfloat16)
-        return known and not any(width % compiled.LANES for width in widths)
+        return self.net.conv_in.weight.dtype == self.precision and not any(width % compiled.LANES for width in widths)
 
     def _parts(self, channels: int, step: int = 1) -> list[slice]:
         """SHARES of the channels for each thread, `step` or a multiple each."""
@@ -194,6 +192,14 @@ class ThreadedDecoder(StripDecoder):
 def shared_by_channels(weights: int, values: Tensor) -> bool:
     """Whether the threads share a map's channels: each weight is then turned and read by one of them alone."""
     return weights > values.numel()
+
+
+def in_arrays(sources: Sequence[FeatureMap], normalising: Normalising) -> list[tuple[Any, Any, Any]]:
+    """What the kernels take of each source: its rows, their scale and shift."""
+    return [
+        (in_memory(source.values), scale.flatten().numpy(), shift.flatten().numpy())
+        for source, (scale, shift) in zip(sources, normalising)
+    ]
 
 
 def in_memory(values: Tensor) -> Any:
