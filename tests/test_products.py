@@ -9,22 +9,35 @@ from torch.nn import functional as F
 
 from lib_layerdiffuse.nets import products
 
+TOLERANCE = {torch.float32: {}, torch.bfloat16: {"rtol": 0.01, "atol": 0.02}}
+
 
 @pytest.mark.parametrize("has_onednn", [products.HAS_ONEDNN, False])
 @pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("adds", [True, False])
 @pytest.mark.parametrize("shape", [(7, 6), (2, 5, 6), (2, 0, 6)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_numbers_of_a_linear_map(monkeypatch, dtype, shape, adds, has_bias, has_onednn):
+def test_the_numbers_of_a_linear_map(monkeypatch, dtype, shape, has_bias, has_onednn):
     monkeypatch.setattr(products, "HAS_ONEDNN", has_onednn)
     x, weight = torch.randn(shape, dtype=dtype), torch.randn(4, 6, dtype=dtype)
     bias = torch.randn(4, dtype=dtype) if has_bias else None
-    beside = torch.randn(*shape[:-1], 4, dtype=dtype) if adds else None
-    expected = F.linear(x, weight, bias) + (beside if adds else 0)
-    kept = beside.clone() if adds else None
-    found = products.linear(x, weight, bias, beside)
-    torch.testing.assert_close(found, expected, **({} if dtype == torch.float32 else {"rtol": 0.01, "atol": 0.02}))
-    assert beside is None or beside.equal(kept)
+    expected = F.linear(x, weight, bias)
+    torch.testing.assert_close(products.linear(x, weight, bias), expected, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("has_onednn", [products.HAS_ONEDNN, False])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("rows", [slice(None), slice(1, 3)], ids=["all rows", "some rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pointwise_convolution_is_added_in_place(monkeypatch, dtype, rows, has_bias, has_onednn):
+    monkeypatch.setattr(products, "HAS_ONEDNN", has_onednn)
+    x, y = (torch.randn(2, 4, 5, width, dtype=dtype).permute(0, 3, 1, 2)[:, :, rows] for width in (6, 3))
+    y = y.contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(3, 12, 1, 1, dtype=dtype)[:, :6]
+    bias = torch.randn(3, dtype=dtype) if has_bias else None
+    expected, before = y + F.conv2d(x, weight, bias), y.data_ptr()
+    products.add_pointwise(y, x, weight, bias)
+    torch.testing.assert_close(y, expected, **TOLERANCE[dtype])
+    assert y.data_ptr() == before
 
 
 def test_views_of_larger_tensors():

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
+from itertools import chain, repeat
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 from lib_layerdiffuse.nets import winograd
 from lib_layerdiffuse.nets.attention import narrow_attention
 from lib_layerdiffuse.nets.decoder import HEAD_DIM, LATENT_LEVEL, TransparentDecoder
-from lib_layerdiffuse.nets.products import linear
+from lib_layerdiffuse.nets.products import add_pointwise, linear
 from lib_layerdiffuse.nets.scratch import Blocks, Scratch
 from lib_layerdiffuse.tensors import Argb, Latent, Rgb
 
@@ -207,7 +208,8 @@ class StripDecoder:
             convolved = self._convolved(sources, normalising, weights[part], bias[part], stride)
 
             def strip(top: int, bottom: int) -> tuple[Tensor, Tensor | None]:
-                return convolved(top, bottom), self._shortcut(*shortcut, top, bottom, part) if shortcut else None
+                y = convolved(top, bottom)
+                return self._with_shortcut(y, *shortcut, top, bottom, part) if shortcut else (y, None)
 
             return strip
 
@@ -240,18 +242,19 @@ class StripDecoder:
         """As Winograd's convolution takes them."""
         return winograd.turned(weights, self._scratch)
 
-    def _shortcut(self, sources: Sequence[FeatureMap], conv: Any, top: int, bottom: int, part: slice) -> Tensor:
-        """Rows of the sources; where there is one, through the 1×1 convolution of them joined in channels."""
+    def _with_shortcut(
+        self, y: Tensor, sources: Sequence[FeatureMap], conv: Any, top: int, bottom: int, part: slice
+    ) -> tuple[Tensor, Tensor | None]:
+        """y, and rows of the source to be added; through a 1×1 convolution of all sources, if there is one, added."""
         rows = [source.values[:, :, top:bottom].to(self.device) for source in sources]
         if isinstance(conv, nn.Identity):
-            return rows[0][:, part]
+            return y, rows[0][:, part]
         weights, bias = (each[part].to(self.precision) for each in (conv.weight, conv.bias))
-        matrices = weights.flatten(1).split([x.shape[1] for x in rows], dim=1)
-        first, *others = zip((x.permute(0, 2, 3, 1) for x in rows), matrices)
-        y = linear(*first, bias)
-        for each in others:
-            y = linear(*each, beside=y)
-        return y.permute(0, 3, 1, 2)
+        y = y.to(self.precision)
+        of_each = weights.split([x.shape[1] for x in rows], dim=1)
+        for x, its_weights, once in zip(rows, of_each, chain([bias], repeat(None))):
+            add_pointwise(y, x, its_weights, once)
+        return y, None
 
     def _upsample(self, source: FeatureMap, conv: Any) -> FeatureMap:
         """Twice the size, each pixel four times, then convolved."""
