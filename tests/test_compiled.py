@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from lib_layerdiffuse.nets import compiled, winograd
 from lib_layerdiffuse.nets.attention import compiled_attention
-from lib_layerdiffuse.nets.scratch import Scratch
+from lib_layerdiffuse.nets.scratch import Blocks, Scratch
 from lib_layerdiffuse.nets.threaded import numbers
 
 
@@ -109,7 +109,7 @@ def test_tiles_are_a_convolution_of_the_activated_map(height, width, top, bottom
     down = -(-(bottom - top) // winograd.TILE)
     factors = torch.empty(winograd.POINTS, down * count, width_in)
     compiled.into_tiles(x.numpy(), scale.numpy(), shift.numpy(), top, first, down, count, factors.flatten(1).numpy())
-    products = torch.bmm(factors, winograd.turned(weights, Scratch()))
+    products = torch.bmm(factors, winograd.turned(weights, Scratch(Blocks())))
     found = torch.full((bottom - top, width, width_out), torch.nan)
     compiled.out_of_tiles(products.flatten(1).numpy(), bias.numpy(), first, count, found.numpy())
 

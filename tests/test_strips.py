@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lib_layerdiffuse import vae
 from lib_layerdiffuse.nets import compiled, strips, threaded, winograd
 from lib_layerdiffuse.nets.decoder import TransparentDecoder
-from lib_layerdiffuse.nets.scratch import Scratch
+from lib_layerdiffuse.nets.scratch import Blocks, Scratch
 from lib_layerdiffuse.nets.strips import (
     FeatureMap,
     StripDecoder,
@@ -112,19 +112,16 @@ def test_threads_work_in_the_mode_of_their_caller(mode):
             torch.testing.assert_close(decoder(rgb, latent), net(rgb, latent), rtol=0, atol=2e-5)
 
 
-def large_blocks(decoder, rgb):
-    return [each for each in decoder._blocks._free if each.numel() >= 4 * WIDTHS[0] * rgb[0, 0].numel()]
-
-
 @torch.no_grad()
-def test_the_largest_maps_are_kept_for_the_next_picture(net, decoder_class):
+def test_memory_is_all_given_back_and_used_for_the_next_picture(net, decoder_class):
     decoder = decoder_class(net)
-    rgb, latent = random_input()
-    decoder(rgb, latent)
-    kept = large_blocks(decoder, rgb)  # held here, so that fresh memory has other addresses
-    decoder(rgb, latent)
-    assert kept
-    assert {each.data_ptr() for each in large_blocks(decoder, rgb)} == {each.data_ptr() for each in kept}
+    decoder(*random_input())
+    kept = [piece.data_ptr() for piece in decoder._blocks._pieces]
+    for _ in range(3):
+        assert not decoder._blocks._taken
+        assert len(decoder._blocks._free) == len(kept)
+        decoder(*random_input())
+        assert [piece.data_ptr() for piece in decoder._blocks._pieces] == kept
 
 
 @torch.no_grad()
@@ -148,17 +145,7 @@ def test_turned_kernels_lie_in_memory_that_the_next_layer_has_too(net, monkeypat
     monkeypatch.setattr(winograd, "turn", turn)
     decoder(*random_input())
     kernels = {call.args[1].untyped_storage().data_ptr() for call in turn.call_args_list}
-    assert kernels <= {each.data_ptr() for each in decoder._blocks._free}
-
-
-@torch.no_grad()
-def test_memory_is_used_again_not_gathered(net, decoder_class):
-    decoder = decoder_class(net)
-    decoder(*random_input())
-    kept = sum(each.numel() for each in decoder._blocks._free)
-    for _ in range(3):
-        decoder(*random_input())
-    assert sum(each.numel() for each in decoder._blocks._free) == kept
+    assert kernels <= {piece.data_ptr() for piece in decoder._blocks._pieces}
 
 
 def rounded(net, precision):
@@ -219,7 +206,7 @@ def test_all_in_bfloat16_is_little_further_off_than_its_convolutions_are(monkeyp
 def test_a_convolution_as_a_product_of_matrices(stride):
     conv = nn.Conv2d(5, 7, 3, stride)
     x = torch.randn(2, 5, 9, 13).contiguous(memory_format=torch.channels_last)
-    answer = convolve_as_product(x, conv.weight, conv.bias, stride, Scratch())
+    answer = convolve_as_product(x, conv.weight, conv.bias, stride, Scratch(Blocks()))
     assert answer.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(answer, conv(x), rtol=0, atol=1e-5)
 

@@ -57,6 +57,13 @@ def test_an_error_is_raised_when_all_have_ended():
     assert len(ended) == 6
 
 
+def test_each_thread_hears_when_no_work_is_left():
+    ended = []
+    Threads().run([lambda: ended.append("work")] * 5, after=lambda: ended.append(threading.get_ident()))
+    assert ended.count("work") == 5
+    assert len(ended) == 8
+
+
 def test_a_work_may_have_works():
     found = []
     threads = Threads()

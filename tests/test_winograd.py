@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from lib_layerdiffuse.nets import winograd
-from lib_layerdiffuse.nets.scratch import Scratch
+from lib_layerdiffuse.nets.scratch import Blocks, Scratch
 
 
 @pytest.mark.parametrize(
@@ -13,7 +13,7 @@ from lib_layerdiffuse.nets.scratch import Scratch
     [(1, 5, 7, 4, 4), (2, 16, 8, 12, 20), (2, 8, 5, 6, 9)],  # the last: sides that do not end with a tile
 )
 def test_the_numbers_of_a_direct_convolution(batch, width_in, width_out, height, width):
-    scratch = Scratch()
+    scratch = Scratch(Blocks())
     weights, bias = torch.randn(width_out, width_in, 3, 3) / (9 * width_in) ** 0.5, torch.randn(width_out)
     kernel = winograd.turned(weights, scratch)
     for _ in range(2):  # the second finds what the first has left in the scratch memory

@@ -4,52 +4,94 @@ from __future__ import annotations
 
 import threading
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+PAGE = 4096  # bytes
 
-class Scratch:
-    """By name, as large as was ever asked for: a page of fresh memory costs as much as writing it several times.
 
-    Each thread has its own.
+class Part(NamedTuple):
+    """Of a piece of memory."""
+
+    piece: int
+    begin: int  # byte
+    end: int
+
+    @property
+    def size(self) -> int:
+        return self.end - self.begin
+
+
+class Blocks:
+    """Memory that one uses after the other, for any thread: fresh memory costs as much as a layer's sums.
+
+    It comes in pieces as large as the largest block so far; where a large block was, there is room for several small
+    ones, and for a large one again when they are given back.
     """
 
-    def __init__(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
-        self._like = torch.empty(0, dtype=dtype, device=device)
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._device = device
+        self._largest = 0  # bytes
+        self._pieces: list[Tensor] = []  # of bytes
+        self._free: list[Part] = []  # none begins where another ends
+        self._taken: dict[int, Part] = {}  # by address
+        self._lock = threading.Lock()
+
+    def take(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        """Of this shape, with whatever is in it, in the smallest free part that is large enough."""
+        used = prod(shape) * dtype.itemsize
+        size = -(-used // PAGE) * PAGE
+        with self._lock:
+            piece, begin, end = self._free_part(size)
+            if begin + size < end:
+                self._free.append(Part(piece, begin + size, end))
+            block = self._pieces[piece][begin : begin + used].view(dtype).view(shape)
+            self._taken[block.data_ptr()] = Part(piece, begin, begin + size)
+        return block
+
+    def _free_part(self, size: int) -> Part:
+        part = min((each for each in self._free if each.size >= size), key=lambda each: each.size, default=None)
+        if part:
+            self._free.remove(part)
+            return part
+        self._largest = max(self._largest, size)
+        self._pieces.append(torch.empty(self._largest, dtype=torch.uint8, device=self._device))
+        return Part(len(self._pieces) - 1, 0, self._largest)
+
+    def give_back(self, *blocks: Tensor) -> None:
+        """What `take` gave, its axes in any order, that nobody uses any more."""
+        with self._lock:
+            for block in blocks:
+                piece, begin, end = self._taken.pop(block.data_ptr())
+                for other in [each for each in self._free if each.piece == piece]:
+                    if other.end == begin or other.begin == end:
+                        self._free.remove(other)
+                        begin, end = min(begin, other.begin), max(end, other.end)
+                self._free.append(Part(piece, begin, end))
+
+
+class Scratch:
+    """Blocks by name, as large as was asked for since the last `give_back`; each thread has its own."""
+
+    def __init__(self, blocks: Blocks, dtype: torch.dtype = torch.float32) -> None:
+        self._blocks = blocks
+        self._dtype = dtype
         self._of_thread = threading.local()
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         """Of this shape, with whatever is in it; what was written by the same name before is lost."""
         kept: dict[str, Tensor] = self._of_thread.__dict__
         numbers = prod(shape)
-        if kept.get(name, self._like).numel() < numbers:
-            kept[name] = self._like.new_empty(numbers)
+        if name in kept and kept[name].numel() < numbers:
+            self._blocks.give_back(kept.pop(name))
+        if name not in kept:
+            kept[name] = self._blocks.take(self._dtype, numbers)
         return kept[name][:numbers].view(shape)
 
-
-class Blocks:
-    """Memory that one uses after the other, for any thread: fresh memory costs as much as a layer's sums."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._free: list[Tensor] = []  # of bytes
-        self._lock = threading.Lock()
-
-    def take(self, dtype: torch.dtype, *shape: int, at_most: float = 1.25) -> Tensor:
-        """Of this shape, with whatever is in it, in the smallest free block that is at most so much larger."""
-        size = prod(shape) * dtype.itemsize
-        with self._lock:
-            fitting = [each for each in self._free if size <= each.numel() <= at_most * size]
-            block = min(fitting, key=Tensor.numel, default=None)
-            if block is not None:
-                self._free = [each for each in self._free if each is not block]
-        if block is None:
-            block = torch.empty(size, dtype=torch.uint8, device=self._device)
-        return block[:size].view(dtype).view(shape)
-
-    def give_back(self, *taken: Tensor) -> None:
-        """What `take` gave, or views of it, that nobody uses any more."""
-        blocks = [torch.empty(0, dtype=torch.uint8, device=each.device).set_(each.untyped_storage()) for each in taken]
-        with self._lock:
-            self._free += blocks
+    def give_back(self) -> None:
+        """All that this thread has."""
+        kept: dict[str, Tensor] = self._of_thread.__dict__
+        self._blocks.give_back(*kept.values())
+        kept.clear()

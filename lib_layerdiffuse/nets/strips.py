@@ -140,8 +140,8 @@ class StripDecoder:
         # An answer rounded to bfloat16 would be up to half a step of 255 off by that alone.
         self._last = deepcopy(net.conv_out).float() if self.precision == torch.bfloat16 else net.conv_out
         self._floats_on_cpu = self.device.type == "cpu" and self.precision == torch.float32
-        self._scratch = Scratch(self.precision, self.device)
         self._blocks = Blocks(self.storage)
+        self._scratch = Scratch(self._blocks if self.device == self.storage else Blocks(self.device), self.precision)
 
     def __call__(self, rgb: Rgb, latent: Latent) -> Argb:
         """The raw answer, not clipped to [0, 1], in storage."""
@@ -154,19 +154,23 @@ class StripDecoder:
             if level == LATENT_LEVEL:
                 x = self._whole(x.values.to(self.device) + net.latent_conv_in(latent.to(net.conv_in.weight)))
             for resnet, attention in zip(block.resnets, block.attentions):
-                x = self._attend(self._resnet([x], resnet), attention)
+                x = self._attend(self._resnet([x], resnet, last_use=x is not skips[-1]), attention)
                 skips.append(x)
             for downsample in block.downsamplers:
                 x = self._convolve([x], downsample.conv, stride=2)
                 skips.append(x)
         first, second = net.mid_block.resnets
-        x = self._resnet([self._attend(self._resnet([x], first), net.mid_block.attentions[0])], second)
+        x = self._attend(self._resnet([x], first), net.mid_block.attentions[0])
+        x = self._resnet([x], second, last_use=True)
         for block in net.up_blocks:
             for resnet, attention in zip(block.resnets, block.attentions):
                 x = self._attend(self._resnet([x, skips.pop()], resnet, last_use=True), attention)
             for upsample in block.upsamplers:
                 x = self._upsample(x, upsample.conv)
-        answer = self._convolve([x], self._last, net.conv_norm_out).values
+        shape, precision = (len(rgb), self._last.out_channels, *rgb.shape[2:]), self._answers_in(self._last)
+        # The caller's, so none of the blocks.
+        answer = torch.empty(shape, dtype=precision, device=self.storage, memory_format=torch.channels_last)
+        self._convolve([x], self._last, net.conv_norm_out, into=answer)
         self._give_back(x)
         return answer
 
@@ -215,7 +219,7 @@ class StripDecoder:
 
         if into is None:
             shape = batch, conv.out_channels, height // stride, width // stride
-            into = self._take(shape, torch.promote_types(weights.dtype, self.precision))
+            into = self._take(shape, self._answers_in(conv))
         return self._by_strips(into, layer, stride**2 * conv.in_channels, weights.numel())
 
     def _convolved(
@@ -245,7 +249,7 @@ class StripDecoder:
     def _with_shortcut(
         self, y: Tensor, sources: Sequence[FeatureMap], conv: Any, top: int, bottom: int, part: slice
     ) -> tuple[Tensor, Tensor | None]:
-        """y, and rows of the source to be added; through a 1×1 convolution of all sources, if there is one, added."""
+        """y, and the source's rows, which are to be added; a 1×1 convolution of all sources is added here, in place."""
         rows = [source.values[:, :, top:bottom].to(self.device) for source in sources]
         if isinstance(conv, nn.Identity):
             return y, rows[0][:, part]
@@ -320,6 +324,7 @@ class StripDecoder:
         found = []
         for top, bottom in strips:
             found.append(settle(*strip(top, bottom), values[:, :, top:bottom]))
+        self._scratch.give_back()
         return joined(values, strips, torch.stack(found))
 
     def _in_place(self, conv: nn.Conv2d, source: FeatureMap) -> bool:
@@ -352,6 +357,9 @@ class StripDecoder:
         return x
 
     # --- maps ---
+
+    def _answers_in(self, conv: nn.Conv2d) -> torch.dtype:
+        return torch.promote_types(conv.weight.dtype, self.precision)
 
     def _whole(self, values: Tensor) -> FeatureMap:
         return joined(self._take(values.shape).copy_(values), [(0, values.shape[2])], moments(values)[None])

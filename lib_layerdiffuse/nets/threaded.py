@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
@@ -43,8 +42,7 @@ class ThreadedDecoder(StripDecoder):
         halves = net.conv_in.weight.dtype == torch.bfloat16
         super().__init__(net, precision=torch.bfloat16 if halves else torch.float32)
         self._threads = Threads()
-        self._floats = Scratch()
-        self._of_thread = threading.local()  # has the turned kernels that it uses
+        self._floats = Scratch(self._blocks)
 
     def __call__(self, rgb: Rgb, latent: Latent) -> Argb:
         """One picture after another."""
@@ -70,7 +68,7 @@ class ThreadedDecoder(StripDecoder):
         width_out, width = len(weights), sources[0].values.shape[3]
         widths_in = [source.values.shape[1] for source in sources]
         parts = in_arrays(sources, normalising)
-        kernels = [self._turned(each) for each in weights.split(widths_in, dim=1)]
+        kernels = [self._turned(each, index) for index, each in enumerate(weights.split(widths_in, dim=1))]
         tiles = TILE_NUMBERS // max(width_out, *widths_in)
 
         def strip(top: int, bottom: int) -> Tensor:
@@ -106,15 +104,11 @@ class ThreadedDecoder(StripDecoder):
 
         return read
 
-    def _turned(self, weights: Tensor) -> Tensor:
-        """`winograd.turned` in threads, in the memory of any map that nobody needs now, until `_give_back_kernels`."""
-        kernel = self._blocks.take(torch.float32, len(weights), winograd.POINTS, weights.shape[1], at_most=float("inf"))
-        self._of_thread.__dict__.setdefault("kernels", []).append(kernel)
+    def _turned(self, weights: Tensor, index: int = 0) -> Tensor:
+        """`winograd.turned` in threads."""
+        kernel = self._floats(f"kernel {index}", len(weights), winograd.POINTS, weights.shape[1])
         self._threads.run(partial(winograd.turn, weights[part], kernel[part]) for part in self._parts(len(weights)))
         return kernel.permute(1, 2, 0)
-
-    def _give_back_kernels(self) -> None:
-        self._blocks.give_back(*self._of_thread.__dict__.pop("kernels", []))
 
     def _attend(self, source: FeatureMap, attention: Any) -> FeatureMap:
         """Each thread has some heads, then some rows."""
@@ -166,15 +160,20 @@ class ThreadedDecoder(StripDecoder):
 
         def share(part: slice) -> None:
             settle(layer(part), 0, part)
-            self._give_back_kernels()
 
         if by_channels:
-            self._threads.run(partial(share, part) for part in self._parts(channels, compiled.LANES))
+            works = [partial(share, part) for part in self._parts(channels, compiled.LANES)]
         else:
             strip = layer(slice(0, channels))
-            self._threads.run(partial(settle, strip, index) for index in range(len(rows)))
-            self._give_back_kernels()
+            works = [partial(settle, strip, index) for index in range(len(rows))]
+        self._threads.run(works, after=self._give_back_scratch)
+        self._give_back_scratch()
         return joined(values, rows, moments)
+
+    def _give_back_scratch(self) -> None:
+        """What this thread has."""
+        self._scratch.give_back()
+        self._floats.give_back()
 
     def _in_place(self, conv: nn.Conv2d, source: FeatureMap) -> bool:
         return not shared_by_channels(conv.weight.numel(), source.values)

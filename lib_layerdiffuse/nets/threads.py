@@ -30,8 +30,11 @@ class Threads:
         self.count = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self.count, "layerdiffuse", _begin)
 
-    def run(self, works: Iterable[Callable[[], object]]) -> None:
-        """All of them; what a work runs, it runs itself. Raises the first error when none is running any more."""
+    def run(self, works: Iterable[Callable[[], object]], after: Callable[[], object] = lambda: None) -> None:
+        """All of them, and `after` by each thread when none is left; what a work runs, its thread runs itself.
+
+        Raises the first error when nothing is running any more.
+        """
         if getattr(_of_thread, "is_ours", False):
             for work in works:
                 work()
@@ -44,6 +47,7 @@ class Threads:
             with mode():
                 for work in waiting:
                     work()
+                after()
 
         running = [self._pool.submit(work_through) for _ in range(self.count)]
         errors = [error for each in running if (error := each.exception())]
