@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PAGE = 4096  # bytes
+PAGE = 4096  # bytes that blocks are measured in: two threads never write to the same line of a cache
 
 
 class Part(NamedTuple):
