@@ -207,11 +207,11 @@ def one(side: str, size: Size, batch: int, passes: int) -> dict[str, float]:
 
 
 def memory(size: Size, rounds: int) -> Iterator[Figure]:
-    sides: dict[str, list[float]] = {f"{side}, {passes} passes": [] for side in makers() for passes in (1, 8)}
+    cases = {f"{side}, {passes} passes": (side, passes) for side in makers() for passes in (1, 8)}
+    sides: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds):
-        for side in makers():
-            for passes in (1, 8):
-                sides[f"{side}, {passes} passes"].append(taken(side, size, 1, passes)["bytes"] / 2**20)
+        for name, (side, passes) in cases.items():
+            sides[name].append(taken(side, size, 1, passes)["bytes"] / 2**20)
     ratios = [f"{side}, 8 passes / {REFERENCE}, 1 passes" for side in makers()]
     yield figure(
         f"peak memory of a decode, {size[0]}x{size[1]}", "MiB", sides, *ratios, demand=dict.fromkeys(ratios[1:], 1)

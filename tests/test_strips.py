@@ -148,6 +148,20 @@ def test_turned_kernels_lie_in_memory_that_the_next_layer_has_too(net, monkeypat
     decoder(*random_input())
     kernels = {call.args[1].untyped_storage().data_ptr() for call in turn.call_args_list}
     assert kernels <= {piece.data_ptr() for piece in decoder._blocks._pieces}
+    assert not decoder._blocks._taken
+
+
+@torch.no_grad()
+def test_memory_is_used_again_not_gathered(net, decoder_class):
+    """By one thread; how much several need at once depends on how they meet."""
+    torch.set_num_threads(1)
+    decoder = decoder_class(net)
+    decoder(*random_input())
+    kept = [piece.data_ptr() for piece in decoder._blocks._pieces]
+    for _ in range(3):
+        decoder(*random_input())
+        assert [piece.data_ptr() for piece in decoder._blocks._pieces] == kept
+    torch.set_num_threads(3)
 
 
 def rounded(net, precision):

@@ -80,14 +80,17 @@ class Scratch:
         self._dtype = dtype
         self._of_thread = threading.local()
 
-    def __call__(self, name: str, *shape: int) -> Tensor:
-        """Of this shape, with whatever is in it; what was written by the same name before is lost."""
+    def __call__(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Of this shape, with whatever is in it; what was written by the same name before is lost.
+
+        dtype: always the same for a name; default: the scratch's.
+        """
         kept: dict[str, Tensor] = self._of_thread.__dict__
         numbers = prod(shape)
         if name in kept and kept[name].numel() < numbers:
             self._blocks.give_back(kept.pop(name))
         if name not in kept:
-            kept[name] = self._blocks.take(self._dtype, numbers)
+            kept[name] = self._blocks.take(dtype or self._dtype, numbers)
         return kept[name][:numbers].view(shape)
 
     def give_back(self) -> None:

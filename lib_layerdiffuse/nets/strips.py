@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
-from itertools import chain, repeat
+from itertools import zip_longest
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -33,8 +33,9 @@ WORTH_KERNEL = 256  # pixels of a map; with fewer, its way with the kernel takes
 
 Normalising: TypeAlias = Sequence[tuple[Tensor, Tensor]]  # a scale and a shift of each source, [B, C, 1, 1], float32
 Rows: TypeAlias = Callable[[int, int], Tensor]  # from row, to row -> [B, C, rows, W], channels last
-# From row, to row -> twice [B, C, rows, W], channels last: a part of the answer, and what is to be added, if anything.
-Strip: TypeAlias = Callable[[int, int], tuple[Tensor, Tensor | None]]
+# Twice [B, C, rows, W], channels last: a part of the answer, and what is to be added, if anything.
+Summands: TypeAlias = tuple[Tensor, Tensor | None]
+Strip: TypeAlias = Callable[[int, int], Summands]  # from row, to row
 Layer: TypeAlias = Callable[[slice], Strip]  # of these channels of the answer
 
 
@@ -210,12 +211,10 @@ class StripDecoder:
 
         def layer(part: slice) -> Strip:
             convolved = self._convolved(sources, normalising, weights[part], bias[part], stride)
-
-            def strip(top: int, bottom: int) -> tuple[Tensor, Tensor | None]:
-                y = convolved(top, bottom)
-                return self._with_shortcut(y, *shortcut, top, bottom, part) if shortcut else (y, None)
-
-            return strip
+            if not shortcut:
+                return lambda top, bottom: (convolved(top, bottom), None)
+            beside = self._shortcut(*shortcut, part)
+            return lambda top, bottom: beside(convolved(top, bottom), top, bottom)
 
         if into is None:
             shape = batch, conv.out_channels, height // stride, width // stride
@@ -246,19 +245,26 @@ class StripDecoder:
         """As Winograd's convolution takes them."""
         return winograd.turned(weights, self._scratch)
 
-    def _with_shortcut(
-        self, y: Tensor, sources: Sequence[FeatureMap], conv: Any, top: int, bottom: int, part: slice
-    ) -> tuple[Tensor, Tensor | None]:
-        """y, and the source's rows, which are to be added; a 1×1 convolution of all sources is added here, in place."""
-        rows = [source.values[:, :, top:bottom].to(self.device) for source in sources]
+    def _shortcut(
+        self, sources: Sequence[FeatureMap], conv: Any, part: slice
+    ) -> Callable[[Tensor, int, int], Summands]:
+        """What makes of y the strip: with rows of the source beside; a 1×1 convolution of all is added in place."""
+
+        def rows(source: FeatureMap, top: int, bottom: int) -> Tensor:
+            return source.values[:, :, top:bottom].to(self.device)
+
         if isinstance(conv, nn.Identity):
-            return y, rows[0][:, part]
+            return lambda y, top, bottom: (y, rows(sources[0], top, bottom)[:, part])
         weights, bias = (each[part].to(self.precision) for each in (conv.weight, conv.bias))
-        y = y.to(self.precision)
-        of_each = weights.split([x.shape[1] for x in rows], dim=1)
-        for x, its_weights, once in zip(rows, of_each, chain([bias], repeat(None))):
-            add_pointwise(y, x, its_weights, once)
-        return y, None
+        of_each = weights.split([source.values.shape[1] for source in sources], dim=1)
+
+        def add(y: Tensor, top: int, bottom: int) -> Summands:
+            y = y.to(self.precision)
+            for source, its_weights, once in zip_longest(sources, of_each, [bias]):
+                add_pointwise(y, rows(source, top, bottom), its_weights, once)
+            return y, None
+
+        return add
 
     def _upsample(self, source: FeatureMap, conv: Any) -> FeatureMap:
         """Twice the size, each pixel four times, then convolved."""

@@ -14,7 +14,6 @@ from lib_layerdiffuse.nets import compiled, strips, winograd
 from lib_layerdiffuse.nets.attention import compiled_attention
 from lib_layerdiffuse.nets.decoder import HEAD_DIM, TransparentDecoder
 from lib_layerdiffuse.nets.products import linear
-from lib_layerdiffuse.nets.scratch import Scratch
 from lib_layerdiffuse.nets.strips import (
     FeatureMap,
     Layer,
@@ -42,7 +41,6 @@ class ThreadedDecoder(StripDecoder):
         halves = net.conv_in.weight.dtype == torch.bfloat16
         super().__init__(net, precision=torch.bfloat16 if halves else torch.float32)
         self._threads = Threads()
-        self._floats = Scratch(self._blocks)
 
     def __call__(self, rgb: Rgb, latent: Latent) -> Argb:
         """One picture after another."""
@@ -106,7 +104,8 @@ class ThreadedDecoder(StripDecoder):
 
     def _turned(self, weights: Tensor, index: int = 0) -> Tensor:
         """`winograd.turned` in threads."""
-        kernel = self._floats(f"kernel {index}", len(weights), winograd.POINTS, weights.shape[1])
+        shape = len(weights), winograd.POINTS, weights.shape[1]
+        kernel = self._scratch(f"kernel {index}", *shape, dtype=torch.float32)
         self._threads.run(partial(winograd.turn, weights[part], kernel[part]) for part in self._parts(len(weights)))
         return kernel.permute(1, 2, 0)
 
@@ -117,8 +116,9 @@ class ThreadedDecoder(StripDecoder):
         [(scale, shift)] = normalisation([source], attention.group_norm)
         _, channels, height, width = source.values.shape
         rows = source.values.permute(0, 2, 3, 1).flatten(0, 2)  # -> [HW, C]
-        tokens = torch.addcmul(shift.flatten(), rows, scale.flatten(), out=self._floats("tokens", *rows.shape))
-        tokens, mixed = tokens.to(self.precision), self._floats("mixed", channels, height * width)
+        floats = partial(self._scratch, dtype=torch.float32)
+        tokens = torch.addcmul(shift.flatten(), rows, scale.flatten(), out=floats("tokens", *rows.shape))
+        tokens, mixed = tokens.to(self.precision), floats("mixed", channels, height * width)
 
         def projected(layer: Any, part: slice) -> Tensor:
             weights, bias = layer.weight[part].to(self.precision), layer.bias[part]
@@ -166,14 +166,9 @@ class ThreadedDecoder(StripDecoder):
         else:
             strip = layer(slice(0, channels))
             works = [partial(settle, strip, index) for index in range(len(rows))]
-        self._threads.run(works, after=self._give_back_scratch)
-        self._give_back_scratch()
-        return joined(values, rows, moments)
-
-    def _give_back_scratch(self) -> None:
-        """What this thread has."""
+        self._threads.run(works, after=self._scratch.give_back)
         self._scratch.give_back()
-        self._floats.give_back()
+        return joined(values, rows, moments)
 
     def _in_place(self, conv: nn.Conv2d, source: FeatureMap) -> bool:
         return not shared_by_channels(conv.weight.numel(), source.values)
