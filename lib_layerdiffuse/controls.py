@@ -122,16 +122,22 @@ class Form:
         Null counts as not given. The web UI lays the posted list over its own defaults: behind a dict in the first
         place stand only those defaults. changed: values by name that go before them. Raises LayerDiffuseError.
         """
-        if args and isinstance(args[0], Mapping):
-            given = {"enabled": True} | self._named(args[0].items())
-        else:
-            given = self._named(zip(self._rows, args, strict=False))
-        if not self._parsed("enabled", given):
+        if not self.is_on(args):
             return None
+        given = self._given(args)
         self._refuse_unknown(args, given)
         self._refuse_twice(args)
         given |= changed
         return {name: self._parsed(name, given) for name in self._rows}
+
+    def is_on(self, args: Sequence[object]) -> bool:
+        """Whether these args, as `read` takes them, switch it on."""
+        return bool(self._parsed("enabled", self._given(args)))
+
+    def _given(self, args: Sequence[object]) -> dict[str, object]:
+        if args and isinstance(args[0], Mapping):
+            return {"enabled": True} | self._named(args[0].items())
+        return self._named(zip(self._rows, args, strict=False))
 
     @property
     def names(self) -> list[str]:

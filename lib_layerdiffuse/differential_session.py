@@ -56,4 +56,4 @@ class ChangeSession:
             texts = [f"{strength:.2f}" for strength in self.change.strengths(p.denoising_strength)]
             for index, image in enumerate(self.host.pictures(processed)):
                 opaque = on_checkerboard(image) if is_marked(image) and image.mode == "RGBA" else image.convert("RGB")
-                self.host.save_extra(p, processed, index, labelled(opaque, texts), "-strengths")
+                self.host.save_extra(p, processed, index, labelled(opaque, texts), "strengths")

@@ -53,7 +53,8 @@ def add_to_rows(x: Tensor, added: Tensor) -> Tensor:
     if len(x) % len(added) or x.shape[1:] != added.shape[1:]:
         raise LayerDiffuseError(
             f"Layers need the whole picture at once, but the UNet got {tuple(x.shape)} where {tuple(added.shape)} "
-            "belongs. Switch off what samples the picture in tiles."
+            "belongs. Switch off what samples it in tiles or makes it smaller on the way, such as MultiDiffusion or Kohya "
+            "HRFix."
         )
     return (x.unflatten(0, (-1, len(added))) + added).flatten(0, 1)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lib_layerdiffuse import outputs
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.hosts.base import BaseModel, Host, seen
+from lib_layerdiffuse.hosts.base import BaseModel, Host, seen, whole_cells
 from lib_layerdiffuse.images import (
     GREY,
     ResizeMode,
@@ -31,7 +31,15 @@ from lib_layerdiffuse.images import (
 from lib_layerdiffuse.injection import Injection, WeightPatch
 from lib_layerdiffuse.methods import Layer, Method, find_method
 from lib_layerdiffuse.notes import alpha_note, sampler_for
-from lib_layerdiffuse.outputs import EXTRAS, OPAQUE, RGBA, Picture, host_pixels, make_extras
+from lib_layerdiffuse.outputs import (
+    EXTRAS,
+    LAYER_KEY,
+    OPAQUE,
+    RGBA,
+    Picture,
+    host_pixels,
+    make_extras,
+)
 from lib_layerdiffuse.request import FORM, Request
 from lib_layerdiffuse.tensors import Latent, Rgb, Rgba
 from lib_layerdiffuse.vae import DECODE_CHANNELS, LATENT_STRIDE, TransparentVAE, is_out_of_memory
@@ -109,7 +117,7 @@ class Session:
             return index - index % self.method.frames
 
         return {
-            "LayerDiffuse shows": lambda index, **more: self._layer(index).word,
+            LAYER_KEY: lambda index, **more: self._layer(index).word,
             "Seed": lambda index, all_seeds, **more: all_seeds[first(index)],
             "Variation seed": lambda p, index, all_subseeds, **more: (
                 all_subseeds[first(index)] if p.subseed_strength else None
@@ -118,6 +126,9 @@ class Session:
 
     def _layer(self, row: int) -> Layer:
         return self.method.outputs[row % self.method.frames]
+
+    def _is_decoded(self, row: int) -> bool:
+        return self.vae is not None and self._layer(row) is Layer.FG
 
     def before_prompts(self, p: Any) -> None:
         """For each batch, before the host reads its prompts."""
@@ -161,7 +172,7 @@ class Session:
         assert vae is not None and vae.encoder is not None, "a start without an encoder"
         rgba = from_pil(seen(self.host, p, init))[None]
         if self._mask and self.host.fills_mask(p):
-            rgba = fill_masked(rgba, from_pil(self._mask)[None, :1])
+            rgba = fill_masked(rgba, from_pil(whole_cells(self._mask))[None, :1])
         mean, deviation = self.host.posterior(p, compose(rgba, GREY))
         offset = with_room(self.host, vae.encoder, ENCODE_CHANNELS, rgba, lambda: vae.encode(rgba))
         return mean, mean + deviation * offset.to(mean)
@@ -196,7 +207,7 @@ class Session:
         start = time.perf_counter()
         latents = self.host.vae_latent(p, self._latent)
         self._decoded = [
-            (self._decode(painted[None], latent[None])[0], painted) if self._layer(row) is Layer.FG else None
+            (self._decode(painted[None], latent[None])[0], painted) if self._is_decoded(row) else None
             for row, (painted, latent) in enumerate(zip(pixels, latents, strict=True))
         ]
         if count := sum(decoded is not None for decoded in self._decoded):
@@ -225,6 +236,7 @@ class Session:
         shown: the host's picture, perhaps edited by others.
         """
         image, sources = shown, {}
+        self.host.script_run(p).foregrounds += self._layer(index) is Layer.FG
         if decoded := self._decoded[index]:
             image = self._transparent(p, index, *decoded, shown)
             if note := alpha_note(image):
@@ -262,10 +274,11 @@ class Session:
 
     def finish(self, p: Any, processed: Any) -> None:
         """Show the extras behind the pictures, by kind; run the rest of a chain; leave no memory behind."""
+        texts = self.host.infotexts(processed)
         extras = [
-            outputs.mark(picture.extras[name], caption=EXTRAS[name].caption)
+            self._extra(name, picture.extras[name], text)
             for name in EXTRAS
-            for picture in self.pictures
+            for picture, text in zip(self.pictures, texts)
             if name in picture.extras
         ]
         self.host.show(p, processed, extras, self.method.frames)
@@ -276,6 +289,13 @@ class Session:
         if chain and self.method.key == chain.method.chain[0].key:
             self._go_on(p, processed, chain)
         self.host.return_memory()
+
+    def _extra(self, name: str, image: Image.Image, infotext: str) -> Image.Image:
+        """Ready to be shown. infotext: of the picture that it belongs to."""
+        text = outputs.text_of_extra(infotext, name)
+        if self.host.option("enable_pnginfo"):
+            image.info["parameters"] = text
+        return outputs.mark(image, caption=EXTRAS[name].caption, infotext=text)
 
     def _go_on(self, p: Any, processed: Any, asked: Request) -> None:
         """Run the further steps of a chain, each with the images of those before it."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lib_layerdiffuse.checkpoints import family_of
 from lib_layerdiffuse.downloads import Downloads
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.hosts.base import Host, check_mask, whole
+from lib_layerdiffuse.hosts.base import Host, check_mask, whole, whole_cells
 from lib_layerdiffuse.images import fit, flattened
 from lib_layerdiffuse.injection import Injection, load_injection
 from lib_layerdiffuse.methods import DECODERS, ENCODERS, Family, Method, needed_files
@@ -23,7 +23,7 @@ from lib_layerdiffuse.notes import notes
 from lib_layerdiffuse.request import Request
 from lib_layerdiffuse.session import ENCODE_CHANNELS, Session, check_family, with_room
 from lib_layerdiffuse.tensors import Latent, Rgb, Rgba
-from lib_layerdiffuse.vae import DECODE_CHANNELS, LATENT_STRIDE, TransparentVAE
+from lib_layerdiffuse.vae import DECODE_CHANNELS, TransparentVAE
 from lib_layerdiffuse.weights import REPLACE, fingerprint, read_tensors
 
 Net = TypeVar("Net", TransparentDecoder, TransparentEncoder)
@@ -53,7 +53,8 @@ class Workshop:
         if request.method.frames > 1:
             self.host.fit_batch(p, request.method.frames)
         injection = self._injection(request.method) if request.injects else None
-        vae = self._vae(method.family, bool(inits)) if request.method.makes_foreground else None
+        decodes = request.method.makes_foreground and not self.host.script_run(p).is_opaque
+        vae = self._vae(method.family, bool(inits)) if decodes else None
         return Session(self.host, request, injection, vae, inits)
 
     def chosen_family(self, checkpoint: str | None = None) -> Family | None:
@@ -171,12 +172,6 @@ class Workshop:
 def distinct(images: Sequence[Image.Image]) -> Sequence[Image.Image]:
     """The images, or the one of them where all are the same: a folder's images come repeated to the batch."""
     return images[:1] if len({id(image) for image in images}) == 1 else images
-
-
-def whole_cells(image: Image.Image) -> Image.Image:
-    """The image without the last pixels that do not fill a cell of its latent."""
-    width, height = (max(1, side // LATENT_STRIDE) * LATENT_STRIDE for side in image.size)
-    return image.crop((0, 0, width, height))
 
 
 WORDS: Mapping[type, str] = {TransparentDecoder: "transparent decoder", TransparentEncoder: "transparent encoder"}

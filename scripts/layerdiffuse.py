@@ -163,9 +163,14 @@ class LayerDiffuse(scripts.Script):
                 session.finish(p, processed)
 
 
+def infotext_of(params: Any) -> str:
+    """The infotext of what the host is about to save."""
+    return params.pnginfo.get("parameters") or ""
+
+
 def needs_png(params: Any) -> bool:
     """Whether the host is about to save a transparent picture or mask of ours, perhaps from the gallery again."""
-    return params.image.mode != "RGB" and METHOD_KEY in (params.pnginfo.get("parameters") or "")
+    return params.image.mode != "RGB" and METHOD_KEY in infotext_of(params)
 
 
 def must_keep_pixels(params: Any) -> bool:
@@ -174,22 +179,25 @@ def must_keep_pixels(params: Any) -> bool:
 
 
 def before_saved(params: Any) -> None:
-    params.filename = outputs.named(params.filename, outputs.picture_of(params.image))
-    if not needs_png(params):
-        return
-    filename = outputs.lossless_name(params.filename)
-    if filename != params.filename and hasattr(params.p, "comment"):
-        lossy = Path(params.filename).suffix[1:]
-        params.p.comment(f"LayerDiffuse: saved as PNG, because {lossy} would lose the alpha.")
-    params.filename = filename
+    image, text, path = params.image, infotext_of(params), Path(params.filename)
+    if needs_png(params) and path != (lossless := outputs.lossless_name(path)):
+        if hasattr(params.p, "comment"):
+            params.p.comment(f"LayerDiffuse: saved as PNG, because {path.suffix[1:]} would lose the alpha.")
+        path = lossless
+    if picture := outputs.picture_of(image):
+        path = outputs.named(path, outputs.dashed(picture.name), host.path_fits)
+    elif METHOD_KEY in text and host.is_saved_again(params.p):
+        path = outputs.named(path, outputs.ending(text), host.path_fits)
+    params.filename = str(path)
 
 
 def after_saved(params: Any) -> None:
-    picture = outputs.picture_of(params.image)
-    for name, image in (picture.extras if picture else {}).items():
-        extension = host.option("samples_format") if outputs.EXTRAS[name].lossy else "png"
-        infotext = params.pnginfo.get("parameters")
-        host.save_beside(params.p, image, Path(params.filename), f"-{name}", extension, infotext)
+    if picture := outputs.picture_of(params.image):
+        path = Path(params.image.already_saved_as)  # where a file of that name was kept, this one has another
+        for name, image in picture.extras.items():
+            extension = host.option("samples_format") if outputs.EXTRAS[name].lossy else "png"
+            text = outputs.text_of_extra(infotext_of(params), name)
+            host.save_beside(params.p, image, path, f"-{name}", extension, text)
 
 
 if not unsupported:
@@ -199,8 +207,9 @@ if not unsupported:
     script_callbacks.on_before_image_saved(before_saved)
     script_callbacks.on_image_saved(after_saved)
     host.keep_pixels(must_keep_pixels)
+    host.keep_alpha()
     script_callbacks.on_app_started(lambda blocks, app: host.answer_png(outputs.is_marked))
     forms = (request.FORM, differential.FORM)
     script_callbacks.on_app_started(lambda blocks, app: host.read_args({form.title: form.posted for form in forms}))
     script_callbacks.on_app_started(lambda blocks, app: api.register(app, workshop))
-    host.show_captions(outputs.caption_of)
+    host.show_pictures()

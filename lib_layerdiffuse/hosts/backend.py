@@ -9,6 +9,7 @@ import base64
 import ctypes
 import io
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -16,7 +17,7 @@ from copy import copy
 from functools import wraps
 from itertools import cycle, zip_longest
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 from weakref import ref
 
@@ -28,13 +29,13 @@ from fastapi import HTTPException
 from modules import (
     call_queue,
     images,
-    img2img,
     processing,
+    script_callbacks,
     sd_models,
     sd_samplers_common,
     shared,
     stealth_infotext,
-    txt2img,
+    ui_common,
 )
 from modules.paths import models_path
 from modules_forge import forge_version
@@ -43,9 +44,12 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lib_layerdiffuse import outputs
 from lib_layerdiffuse.batches import fitted
 from lib_layerdiffuse.errors import LayerDiffuseError
+from lib_layerdiffuse.hosts import pictures
 from lib_layerdiffuse.hosts.base import Around, BaseModel
+from lib_layerdiffuse.hosts.changes import change, divert
 from lib_layerdiffuse.images import Box, ResizeMode
 from lib_layerdiffuse.injection import Injection, WeightPatch, misfit
 from lib_layerdiffuse.methods import Family
@@ -60,6 +64,7 @@ from lib_layerdiffuse.patches import (
     control_patches,
 )
 from lib_layerdiffuse.request import Request
+from lib_layerdiffuse.scripted import ScriptRun
 from lib_layerdiffuse.tensors import Latent, Rgb
 
 log = logging.getLogger("layerdiffuse")
@@ -91,6 +96,7 @@ KINDS = (
     ("is_sd3", "an SD3", None),
 )
 OTHER_KIND = ("", "a Flux or other", None)
+WINDOWS_PATH = 259  # characters
 REFINER_CONTEXT = 1280  # width of the text context of the SDXL refiner; the base model has 2048
 
 
@@ -163,6 +169,8 @@ class BackendHost:
         def end_job(*args: Any, **kwargs: Any) -> Any:
             raise raised
 
+        if isinstance(error, LayerDiffuseError):
+            self.script_run(p).refusals[str(error)] = None
         for step in NEXT_STEPS:
             setattr(p, step, end_job)
         if processed is not None:
@@ -171,6 +179,9 @@ class BackendHost:
     def note(self, p: Any, text: str) -> None:
         p.comment(text)
         log.info(text)
+
+    def script_run(self, p: Any) -> ScriptRun:
+        return pictures.script_run_of(p)
 
     def size(self, p: Any) -> tuple[int, int]:
         return p.width, p.height
@@ -451,7 +462,13 @@ class BackendHost:
         with suppress(AttributeError, OSError):  # another libc
             ctypes.CDLL(None).malloc_trim(0)
 
+    def infotexts(self, processed: Any) -> list[str]:
+        return processed.infotexts[processed.index_of_first_image :]
+
     def show(self, p: Any, processed: Any, extras: Sequence[Image.Image], frames: int) -> None:
+        first, images, infotexts = processed.index_of_first_image, processed.images, processed.infotexts
+        of_each = len(images[first:]) // len(infotexts[first:])  # masks follow a picture, without infotexts
+        infotexts[first:] = [text for text in infotexts[first:] for _ in range(of_each)]
         if has_list(p):
             processed.extra_images.extend(one_each(processed, frames))
         if processed.index_of_first_image and getattr(p, "is_api", False):
@@ -460,13 +477,28 @@ class BackendHost:
             processed.index_of_first_image = 0
         # Not among `images`: scripts such as SD upscale take those for the pictures that they asked for.
         processed.extra_images.extend(extras)
-        if p.comments:
-            processed.extra_generation_params = {**p.extra_generation_params, "LayerDiffuse notes": list(p.comments)}
+        pictures.tell(p, processed)
+
+    def is_saved_again(self, p: Any) -> bool:
+        # The Save button has an object of its own in the job's place, and counts from -1 (ui_common.py:73, 122).
+        return type(p).__module__ == ui_common.__name__ and p.batch_index + 1 >= p.index_of_first_image
+
+    def path_fits(self, path: Path) -> bool:
+        # Forge cuts the whole path to what the file system takes of a name (images.py:740), which is a number of bytes;
+        # a temporary name with an extension of four precedes the last. Windows takes 259 characters.
+        extension = max(len(path.suffix), len(".tmp"))
+        if hasattr(os, "statvfs"):
+            most = os.statvfs(path.parent).f_namemax
+            return len(str(path.with_suffix(""))) + extension <= most and len(os.fsencode(path.name)) <= most
+        return len(str(path.absolute().with_suffix(""))) + extension <= WINDOWS_PATH
 
     def save_beside(self, p: Any, image: Image.Image, path: Path, suffix: str, extension: str, infotext: str) -> None:
+        if not self.path_fits(path.with_name(f"{path.stem}{suffix}.{extension}")):
+            self.note(p, f"{path.stem}{suffix} was not saved: its folder's name is too long. Choose a shorter one.")
+            return
         # A copy, because the host's stealth infotext writes into the pixels of what it saves.
         saved, _ = images.save_image(
-            image.copy(),
+            outputs.mark(image.copy()),
             str(path.parent),
             "",
             extension=extension,
@@ -482,21 +514,11 @@ class BackendHost:
         images = processed.images[first:]
         return images[:: len(images) // len(processed.infotexts[first:])]  # masks may follow, without infotexts
 
-    def save_extra(self, p: Any, processed: Any, index: int, picture: Image.Image, suffix: str) -> None:
-        processed.extra_images.append(picture)
-        if not p.save_samples():
-            return
-        images.save_image(
-            picture.copy(),  # the host's stealth infotext writes into the pixels of what it saves
-            p.outpath_samples,
-            "",
-            processed.all_seeds[index],
-            processed.all_prompts[index],
-            shared.opts.samples_format,
-            info=processed.infotexts[processed.index_of_first_image + index],
-            p=p,
-            suffix=suffix,
-        )
+    def save_extra(self, p: Any, processed: Any, index: int, picture: Image.Image, name: str) -> None:
+        text = outputs.text_of_extra(self.infotexts(processed)[index], name)
+        processed.extra_images.append(outputs.mark(picture, infotext=text))
+        if path := getattr(self.pictures(processed)[index], "already_saved_as", None):
+            self.save_beside(p, picture, Path(path), f"-{name}", shared.opts.samples_format, text)
 
     def keep_pixels(self, condition: Callable[[Any], bool]) -> None:
         """Keep the stealth infotext, which writes over alpha or fails on other modes than RGB, off some images.
@@ -532,10 +554,13 @@ class BackendHost:
 
         divert(api, "encode_pil_to_base64", is_ours, png_base64)
 
-    def show_captions(self, caption_of: Callable[[Any], str]) -> None:
-        """Have the page's gallery say under our images what they show."""
-        for module, name in ((txt2img, "txt2img_function"), (img2img, "img2img_function")):
-            after(module, name, lambda answer: (captioned(answer[0], caption_of), *answer[1:]))
+    def keep_alpha(self) -> None:
+        """Keep the alpha of our pictures, or show what is opaque instead, in what becomes of them after a job."""
+        script_callbacks.on_before_ui(pictures.keep_alpha)
+
+    def show_pictures(self) -> None:
+        """Have the page's gallery say under our pictures what they show, and know the infotext of each."""
+        pictures.show_pictures()
 
 
 def wrapped(
@@ -553,6 +578,7 @@ def wrapped(
                     stack.enter_context(around(x, noise))
                 latent = sampling(p, x, second, *args, **kwargs)
         except LayerDiffuseError as error:
+            pictures.script_run_of(p).refusals[str(error)] = None
             raise refused(error) from error
         for _, finished in owners.values():
             finished(latent)
@@ -586,7 +612,8 @@ def has_list(p: Any) -> bool:
 def one_each(processed: Any, frames: int) -> list[Image.Image]:
     """Keep the first of the pictures that belong together, and return the others."""
     first = processed.index_of_first_image
-    others = [image for i, image in enumerate(processed.images[first:]) if i % frames]
+    rows = list(zip(processed.images, processed.infotexts))[first:]
+    others = [outputs.with_infotext(*row) for i, row in enumerate(rows) if i % frames]
     for items in (processed.images, processed.infotexts):
         items[first:] = items[first::frames]
     return others
@@ -692,30 +719,6 @@ def dtype_for(device: torch.device) -> torch.dtype:
     if memory_management.should_use_fp16(device):
         return torch.float16
     return torch.bfloat16 if memory_management.should_use_bf16(device) else torch.float32
-
-
-def divert(module: ModuleType, name: str, condition: Callable[[Any], bool], instead: Callable[[Any], Any]) -> None:
-    """Have `module.name(x)` call `instead(x)` where `condition(x)`; all else reaches the host's function as before."""
-    change(module, name, lambda original: lambda x: instead(x) if condition(x) else original(x))
-
-
-def after(module: ModuleType, name: str, then: Callable[[Any], Any]) -> None:
-    """Have `module.name` answer with `then` of its answer."""
-    change(module, name, lambda original: lambda *args: then(original(*args)))
-
-
-def change(module: Any, name: str, changed: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    original = getattr(module, name)
-    if hasattr(original, "changed_by_layerdiffuse"):  # the host's Reload UI loads scripts again
-        return
-    function = wraps(original)(changed(original))
-    function.changed_by_layerdiffuse = True  # type: ignore[attr-defined]
-    setattr(module, name, function)
-
-
-def captioned(images: Sequence[Any], caption_of: Callable[[Any], str]) -> list[Any]:
-    """As galleries take them: an image, or an image and its caption."""
-    return [(image, caption) if (caption := caption_of(image)) else image for image in images]
 
 
 def png_base64(image: Image.Image) -> bytes:

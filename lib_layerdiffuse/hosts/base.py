@@ -18,7 +18,9 @@ from lib_layerdiffuse.images import Box, ResizeMode, fit, read_image
 from lib_layerdiffuse.injection import Injection
 from lib_layerdiffuse.methods import Family
 from lib_layerdiffuse.request import Request
+from lib_layerdiffuse.scripted import ScriptRun
 from lib_layerdiffuse.tensors import Latent, Rgb
+from lib_layerdiffuse.vae import LATENT_STRIDE
 
 Around: TypeAlias = Callable[[Latent, Latent], AbstractContextManager[None]]
 
@@ -73,6 +75,9 @@ class Host(Protocol):
 
     def note(self, p: Any, text: str) -> None:
         """Show a sentence with the result."""
+
+    def script_run(self, p: Any) -> ScriptRun:
+        """The run of a script that this job belongs to; one of its own where there is none."""
 
     def size(self, p: Any) -> tuple[int, int]:
         """Width and height of the first sampling pass."""
@@ -167,8 +172,8 @@ class Host(Protocol):
     def pictures(self, processed: Any) -> list[Image.Image]:
         """What the job made, without a grid of them, and without masks."""
 
-    def save_extra(self, p: Any, processed: Any, index: int, picture: Image.Image, suffix: str) -> None:
-        """Show a picture behind the others, and save it like the one at `index`, its name ending with `suffix`."""
+    def save_extra(self, p: Any, processed: Any, index: int, picture: Image.Image, name: str) -> None:
+        """Show a picture behind the others, and save it beside the one at `index`, if that is saved."""
 
     def flatten_upscaled(self, p: Any, flatten: Callable[[Image.Image], Image.Image]) -> None:
         """The upscale button under the gallery starts from a finished picture, which hosts take for RGB."""
@@ -213,11 +218,20 @@ class Host(Protocol):
     def places(self, module: nn.Module, memory: int) -> Iterator[torch.device]:
         """Devices to run `module` on, each roomier and slower than the last; makes room for `memory` bytes there."""
 
+    def infotexts(self, processed: Any) -> list[str]:
+        """Of each of `pictures`."""
+
     def show(self, p: Any, processed: Any, extras: Sequence[Image.Image], frames: int) -> None:
         """Put the extras behind what the job made (`processed`), and the notes where API clients see them too.
 
         For the API, the pictures precede the grid. frames: how many of the pictures belong together, each time.
         """
+
+    def is_saved_again(self, p: Any) -> bool:
+        """Whether what is saved for `p` is a picture of the page's gallery, and no grid."""
+
+    def path_fits(self, path: Path) -> bool:
+        """Whether the host and the file system take a path as it is."""
 
     def save_beside(self, p: Any, image: Image.Image, path: Path, suffix: str, extension: str, infotext: str) -> None:
         """Save `image` in `path`'s folder, under its name with `suffix`."""
@@ -226,10 +240,18 @@ class Host(Protocol):
 def seen(host: Host, p: Any, image: Image.Image) -> Image.Image:
     """What of an init image, or of a mask of its size, is sampled: at that size, unless its latents are enlarged."""
     width, height = host.size(p)
-    if region := host.region(p):
-        return fit(image.crop(region), ResizeMode.RESIZE_AND_FILL, width, height)
     mode = host.init_mode(p)
-    return fit(image, mode, width, height) if mode else image
+    if region := host.region(p):
+        image = fit(image.crop(region), ResizeMode.RESIZE_AND_FILL, width, height)
+    elif mode:
+        image = fit(image, mode, width, height)
+    return whole_cells(image)
+
+
+def whole_cells(image: Image.Image) -> Image.Image:
+    """The image without the last pixels that do not fill a cell of its latent, as VAEs leave them out."""
+    width, height = (max(1, side // LATENT_STRIDE) * LATENT_STRIDE for side in image.size)
+    return image.crop((0, 0, width, height))
 
 
 def whole(init: Image.Image) -> Image.Image:
