@@ -53,7 +53,7 @@ def add_to_rows(x: Tensor, added: Tensor) -> Tensor:
     if len(x) % len(added) or x.shape[1:] != added.shape[1:]:
         raise LayerDiffuseError(
             f"Layers need the whole picture at once, but the UNet got {tuple(x.shape)} where {tuple(added.shape)} "
-            "belongs. Switch off what samples it in tiles or makes it smaller on the way, such as MultiDiffusion or Kohya "
+            "belongs. Switch off what samples it in tiles or makes it smaller on the way: MultiDiffusion, Kohya "
             "HRFix."
         )
     return (x.unflatten(0, (-1, len(added))) + added).flatten(0, 1)
@@ -175,6 +175,23 @@ class Layers:
         self._text = self._latest = None
 
 
+def tiles_of(h: Tokens, context: Tokens, frames: int) -> tuple[Callable[[Tokens], Tokens], Callable[[Tokens], Tokens]]:
+    """To rows for each tile, whose frames are adjacent, and back: HyperTile makes h [(b f tiles), N, C].
+
+    It leaves k and v as they are, [(b f), M, K], and counts on the attention to split their tokens over the rows of q.
+    """
+    tiles = len(h) // len(context)
+
+    def apart(x: Tokens) -> Tokens:
+        rows = x.reshape(len(h), -1, x.shape[2])
+        return rows.unflatten(0, (-1, frames, tiles)).transpose(1, 2).flatten(0, 2)
+
+    def together(x: Tokens) -> Tokens:
+        return x.unflatten(0, (-1, tiles, frames)).transpose(1, 2).flatten(0, 2)
+
+    return apart, together
+
+
 def attention_patches(layers: Layers, switch: Switch) -> list[Patch]:
     """What puts the units into a UNet.
 
@@ -200,7 +217,7 @@ def attention_patches(layers: Layers, switch: Switch) -> list[Patch]:
             if (name, block) not in layers.units or not switch.on:
                 return h, context, value
             pending[name, block] = h, context, value
-            if replacement(name, block):  # it may count on the shapes that it knows
+            if replacement(name, block) or len(h) != len(context):  # they may count on the shapes that they know
                 return h, context, value
             return h[:, :1], context[:, :1], value[:, :1]
 
@@ -216,7 +233,11 @@ def attention_patches(layers: Layers, switch: Switch) -> list[Patch]:
             h, context, value = pending.pop(key)
             if name == "attn2":
                 context, value = layers.text(context), layers.text(context) if value is context else value
-            return layers.at(key, h)(h, context, value, mix)
+            layer = layers.at(key, h)
+            if len(h) == len(context):
+                return layer(h, context, value, mix)
+            apart, together = tiles_of(h, context, layers.units[key].frames)
+            return together(layer(apart(h), apart(context), apart(value), mix))
 
         return patch
 

@@ -70,8 +70,8 @@ class SmallHost:
     def pictures(self, processed):
         return processed.images
 
-    def save_extra(self, p, processed, index, picture, suffix):
-        self.extras.append((index, picture, suffix))
+    def save_extra(self, p, processed, index, picture, name):
+        self.extras.append((index, picture, name))
 
 
 def half(white_from, size=SIZE):
@@ -144,7 +144,7 @@ def test_a_fan_is_shown_with_its_strengths_over_a_checkerboard_where_it_is_trans
     pictures = [Image.new("RGB", SIZE, (9, 9, 9)), mark(Image.new("RGBA", SIZE))]
     hidden_infotext = Image.new("RGBA", SIZE, (9, 9, 9, 254))
     session.finish(SimpleNamespace(denoising_strength=0.8), SimpleNamespace(images=[*pictures, hidden_infotext]))
-    assert [(index, suffix) for index, _, suffix in host.extras] == [(i, "-strengths") for i in range(3)]
+    assert [(index, name) for index, _, name in host.extras] == [(i, "strengths") for i in range(3)]
     plain, transparent, opaque = (picture for _, picture, _ in host.extras)
     assert plain.height > 64 and plain.getpixel((5, 5)) == opaque.getpixel((5, 5)) == (9, 9, 9)
     assert transparent.getpixel((5, 5)) != transparent.getpixel((20, 5))

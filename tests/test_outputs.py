@@ -1,5 +1,7 @@
 """Which pictures come out, with which pixels and names."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -34,20 +36,42 @@ def test_untouched_picture_is_the_decoder_s(decoded, expected, mode):
     assert rgba.tobytes() == decoded.tobytes()
 
 
-def test_edited_pixels_keep_their_edit_and_the_decoder_s_alpha(decoded, expected):
+def seen(rgba):
+    """Over the middle grey, in 8 bits: [H, W, 3]."""
+    pixels = np.asarray(rgba) / 255
+    return 255 * (pixels[..., :3] * pixels[..., 3:] + 0.5 * (1 - pixels[..., 3:]))
+
+
+def test_edited_pixels_look_over_grey_as_they_were_shown(decoded, expected):
+    """Where some colour can do that; the others stay bit for bit, and so does alpha."""
+    rgba = outputs.transparent(decoded, expected, shown := outputs.to_pil(images.over_grey(decoded)[0] * 0.9 + 0.05))
+    difference = np.abs(seen(rgba) - np.asarray(shown))
+    alpha = np.asarray(decoded)[..., 3:] / 255
+    assert (difference <= np.where(alpha == 0, 255, 0.5 + 0.5 * alpha)).all()
+    assert rgba.getchannel("A").tobytes() == decoded.getchannel("A").tobytes()
+
+
+def test_what_nobody_edited_stays_as_it_was_decoded(decoded, expected):
     shown = expected.copy()
     shown.putpixel((2, 3), (9, 8, 7))
-    rgba = outputs.transparent(decoded, expected, shown)
-    pixels = np.array(decoded)
-    pixels[3, 2, :3] = 9, 8, 7
-    np.testing.assert_array_equal(np.asarray(rgba), pixels)
+    pixels = np.array(outputs.transparent(decoded, expected, shown))
+    pixels[3, 2] = np.asarray(decoded)[3, 2]
+    np.testing.assert_array_equal(pixels, np.asarray(decoded))
 
 
-def test_enlarged_picture_keeps_its_colour_and_gets_alpha_of_its_size(decoded, expected):
-    shown = solid("RGB", (10, 20, 30), (12, 8))
+@pytest.mark.parametrize(
+    ("alpha", "colour"), [(255, (10, 20, 200)), (128, (0, 0, 255)), (204, (0, 0, 218)), (0, (0, 0, 0))]
+)
+def test_off_grey(alpha, colour):
+    """(10, 20, 200) over the middle grey, or what comes nearest to it with that alpha."""
+    assert outputs.off_grey(solid("RGBA", (10, 20, 200, alpha))).getpixel((0, 0)) == (*colour, alpha)
+
+
+def test_enlarged_picture_looks_over_grey_as_it_was_shown(decoded, expected):
+    shown = solid("RGB", (120, 130, 128), (12, 8))
     rgba = outputs.transparent(decoded, expected, shown)
     assert (rgba.mode, rgba.size) == ("RGBA", (12, 8))
-    assert rgba.convert("RGB").tobytes() == shown.tobytes()
+    assert np.abs(seen(rgba) - np.asarray(shown))[np.asarray(rgba)[..., 3] > 16].max() <= 1
     assert len(set(rgba.getchannel("A").tobytes())) > 4
 
 
@@ -167,17 +191,70 @@ def test_a_transparent_colour_beside_the_pixels_is_alpha(mode, entry):
 
 
 @pytest.mark.parametrize(
-    ("filename", "name", "expected"),
+    ("path", "ending", "expected"),
     [
-        ("out/00001-1.png", "fg", "out/00001-1-fg.png"),
+        ("out/00001-1.png", "-fg", "out/00001-1-fg.png"),
         ("out/00001-1.png", "", "out/00001-1.png"),
-        ("out/00001-cfg 7.5.avif", "blend", "out/00001-cfg 7.5-blend.avif"),
-        ("00001", "bg", "00001-bg"),
+        ("out/00001-cfg 7.5.avif", "-blend", "out/00001-cfg 7.5-blend.avif"),
+        ("00001", "-bg", "00001-bg"),
     ],
 )
-def test_named(filename, name, expected):
-    assert outputs.named(filename, outputs.Picture(solid("RGB", 0), {}, name)) == expected
-    assert outputs.named(filename, None) == filename
+def test_named(path, ending, expected):
+    assert outputs.named(Path(path), ending, lambda path: True) == Path(expected)
+
+
+ENDINGS = ["", "-fg", "-bg", "-blend"]
+NAMES_OF_EXTRAS = [f"-{name}" for name in outputs.EXTRAS]
+
+
+@pytest.mark.parametrize("length", range(20, 70))
+def test_names_that_are_too_long_are_cut_before_their_endings(length):
+    """All names of pictures that belong together differ, and are taken by the host as they are."""
+    host_takes = 60
+
+    def fits(path):
+        return len(str(path.with_suffix(""))) <= host_takes
+
+    stem = ("00012-1-" + "a glass bottle " * 9)[:length]
+    made = [outputs.named(Path(f"out/{stem}.png"), ending, fits) for ending in ENDINGS]
+    derived = [path.with_stem(path.stem + name) for path in made for name in NAMES_OF_EXTRAS]
+    assert len({*made, *derived}) == len(ENDINGS) * (1 + len(NAMES_OF_EXTRAS))
+    assert all(map(fits, (*made, *derived)))
+    assert all(path.stem.endswith(ending) and path.stem.startswith("00012-1-") for path, ending in zip(made, ENDINGS))
+    room = host_takes - len("out/") - len("-composed")
+    assert [len(path.stem) for path in made] == [min(length + len(ending), room) for ending in ENDINGS]
+
+
+def test_a_name_that_was_cut_is_none_of_a_file_that_is_there(tmp_path):
+    """The host looked for the name that it had made, before it was cut."""
+    fits = lambda path: len(path.stem) <= 30  # noqa: E731
+    names = []
+    for _ in range(11):
+        path = outputs.named(tmp_path / f"a glass bottle with a cap-{len(names)}.png", "-fg", fits)
+        assert not path.exists()
+        path.touch()
+        names.append(path.stem)
+    assert names[:2] + names[-1:] == ["a glass bottle wit-fg", "a glass bottle w-1-fg", "a glass bottle -10-fg"]
+
+
+def test_a_name_that_was_not_cut_is_the_hosts(tmp_path):
+    path = tmp_path / "00001.png"
+    path.touch()
+    assert outputs.named(path, "", lambda path: True) == path
+
+
+@pytest.mark.parametrize(
+    ("infotext", "expected"),
+    [
+        ("apple\nSteps: 1, Seed: 1", ""),
+        ("apple\nSteps: 1, LayerDiffuse shows: foreground, Version: 1", "-fg"),
+        ("apple\nSteps: 1, LayerDiffuse shows: blend, Version: 1, LayerDiffuse extra: opaque", "-blend-opaque"),
+        ("apple\nSteps: 1, LayerDiffuse extra: mask", "-mask"),
+        (outputs.text_of_extra("Steps: 1, LayerDiffuse shows: background", "preview"), "-bg-preview"),
+    ],
+)
+def test_a_picture_from_a_file_is_named_by_its_infotext(infotext, expected):
+    assert outputs.ending(infotext) == expected
 
 
 def test_a_picture_alone_has_no_name():
@@ -195,7 +272,7 @@ def test_a_picture_alone_has_no_name():
     ],
 )
 def test_lossless_name(name, expected):
-    assert outputs.lossless_name(name) == expected
+    assert outputs.lossless_name(Path(name)) == Path(expected)
 
 
 def test_mark_stays_with_the_object():

@@ -96,6 +96,34 @@ def test_patches_equal_a_swapped_module(name, control, weight):
         torch.testing.assert_close(run_layer(host, lists, name, h, context, block), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("frames", [1, 2])
+def test_attention_in_tiles(frames):
+    """HyperTile: rows of q alone become tiles, over which the host's attention splits the tokens of k and v."""
+    tiles = 5
+
+    class TilingHost(HostAttention):
+        def forward(self, h, context, value):
+            return super().forward(h, *(x.reshape(len(h), -1, x.shape[2]) for x in (context, value)))
+
+    host, h = TilingHost(WIDTH), torch.randn(8, 15, WIDTH)
+    sd = random_file(frames)
+    sharing = AttentionSharing.from_state_dict(sd).folded()
+    lists = sharing_lists(
+        host,
+        sharing,
+        always(),
+        others=[
+            ("attn1_patch", lambda q, k, v, extra: (q.reshape(len(q) * tiles, -1, WIDTH), k, v)),
+            ("attn1_output_patch", lambda n, extra: n.reshape(len(n) // tiles, -1, WIDTH)),
+        ],
+    )
+    rows = h.reshape(8, tiles, 3, WIDTH)
+    index = BLOCKS.index(FIRST) * 2
+    expected = [reference(sd, index, frames, host, rows[:, tile], None, 1.0) for tile in range(tiles)]
+    made = run_layer(host, lists, "attn1", h, h, FIRST).reshape(rows.shape)
+    torch.testing.assert_close(made, torch.stack(expected, dim=1), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ATTENTIONS)
 @pytest.mark.parametrize(("block", "switch"), [(FIRST, never()), (("input", 3), always())], ids=["off", "elsewhere"])
 def test_patches_leave_other_layers_alone(name, block, switch):

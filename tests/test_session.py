@@ -21,6 +21,7 @@ from lib_layerdiffuse.injection import WeightPatch
 from lib_layerdiffuse.methods import DECODERS, ENCODERS, Family, Layer, find_method
 from lib_layerdiffuse.nets.encoder import TransparentEncoder
 from lib_layerdiffuse.request import GREY_BACKGROUND, Request
+from lib_layerdiffuse.scripted import ScriptRun
 from lib_layerdiffuse.session import Session, check_family
 from lib_layerdiffuse.vae import TransparentVAE
 from lib_layerdiffuse.workshop import Workshop
@@ -49,7 +50,10 @@ class SmallHost:
     """Samples by returning a latent; keeps account of what it was asked."""
 
     def __init__(self, options=(), family=Family.SD15):
-        self.options = {"layerdiffuse_passes": 8, "layerdiffuse_extras": ["opaque"]} | dict(options)
+        self.options = {"layerdiffuse_passes": 8, "layerdiffuse_extras": ["opaque"], "enable_pnginfo": True} | dict(
+            options
+        )
+        self.script = ScriptRun("")
         self.family = family
         self.reports, self.injected, self.notes, self.runs, self.starts = [], [], [], [], []
         self.forgotten, self.alive_at_return = [], []
@@ -173,6 +177,12 @@ class SmallHost:
     def places(self, module, memory):
         yield torch.device("cpu")
         yield torch.device("cpu")
+
+    def script_run(self, p):
+        return self.script
+
+    def infotexts(self, processed):
+        return [f"text {i}" for i, _ in enumerate(processed.images)]
 
     def show(self, p, processed, extras, frames):
         processed.extra_images.extend(extras)
@@ -302,6 +312,33 @@ def test_extras_follow_by_kind_and_all_images_are_marked():
     assert [image.mode for image in processed.extra_images] == ["RGB", "RGB", "L", "L"]
     assert all(outputs.is_marked(image) for image in (*processed.images, *processed.extra_images))
     assert outputs.picture_of(made[1]) is work.pictures[1]
+    texts = [f"text {i}, LayerDiffuse extra: {name}" for name in ("opaque", "mask") for i in range(2)]
+    assert [outputs.infotext_of(image) for image in processed.extra_images] == texts
+    assert [image.info["parameters"] for image in processed.extra_images] == texts
+
+
+def test_infotexts_stay_out_of_files_where_the_settings_say_so():
+    work = session(SmallHost({"enable_pnginfo": False}))
+    p = job([torch.ones(1, 4, 2, 2)])
+    work.before_sampling(p)
+    work.decode_batch(p, pixels(1))
+    processed = SimpleNamespace(images=[work.finish_picture(p, 0, shown(pixels(1)[0]))], extra_images=[])
+    work.finish(p, processed)
+    [opaque] = processed.extra_images
+    assert "parameters" not in opaque.info
+    assert outputs.infotext_of(opaque) == "text 0, LayerDiffuse extra: opaque"
+
+
+def test_a_script_that_knows_no_transparency_gets_opaque_pictures():
+    host = SmallHost()
+    host.script = ScriptRun("SD upscale")
+    work = Session(host, request(), INJECTION, None)
+    p = job([torch.ones(1, 4, 2, 2)])
+    work.before_sampling(p)
+    work.decode_batch(p, pixels(1))
+    made = work.finish_picture(p, 0, shown(pixels(1)[0]))
+    assert made.tobytes() == shown(pixels(1)[0]).tobytes()
+    assert (host.starts, host.script.foregrounds) == ([], 1)
 
 
 @pytest.mark.parametrize("kind", ["an SD2 checkpoint", "an SDXL refiner checkpoint", "an SD1.5 inpainting checkpoint"])
@@ -838,14 +875,17 @@ def test_a_soft_mask_mixes_the_original_with_the_decoder_s_picture():
     )
 
 
-def test_what_others_paint_keeps_its_colour_with_the_decoder_s_alpha():
+PAINTED, OFF_GREY = (120, 130, 140), (109, 134, 159, 102)  # what others paint over grey, and it without, at this alpha
+
+
+def test_what_others_paint_is_taken_off_the_grey_with_the_decoder_s_alpha():
     init, mask = random_image(), box_mask((16, 16), (3, 2, 9, 12))
 
     def edit(image):
-        image.paste((9, 8, 7), (2, 5, 7, 8))  # over the edge of the mask
+        image.paste(PAINTED, (2, 5, 7, 8))  # over the edge of the mask
 
     [decoded], [image] = inpaint(starting(SmallHost(), [init]), job([LATENT]), [mask], edit)
-    decoded.paste((9, 8, 7, 102), (3, 5, 7, 8))
+    decoded.paste(OFF_GREY, (3, 5, 7, 8))
     assert image.tobytes() == Image.composite(decoded, init, mask).tobytes()
 
 
@@ -857,11 +897,11 @@ def test_a_region_goes_back_to_its_place(edited):
 
     def edit(image):
         if edited:
-            image.putpixel((14, 9), (9, 8, 7))
+            image.putpixel((14, 9), PAINTED)
 
     [decoded], [image] = inpaint(starting(SmallHost(), [init]), p, [mask], edit)
     if edited:
-        decoded.putpixel((14 - 9, 9 - 4), (9, 8, 7, 102))
+        decoded.putpixel((14 - 9, 9 - 4), OFF_GREY)
     expected = np.array(init)
     expected[6:18, 12:20] = np.array(decoded)[6 - 4 : 18 - 4, 12 - 9 : 20 - 9]
     np.testing.assert_array_equal(np.array(image), expected)
@@ -892,8 +932,8 @@ def test_a_picture_enlarged_since_has_no_original_at_its_size():
     work.before_sampling(p)
     work.decode_batch(p, pixels(1))
     work.before_overlay(0, overlay_of(init, mask))
-    image = work.finish_picture(p, 0, Image.new("RGB", (32, 32), (1, 2, 3)))
-    assert image.getcolors() == [(32 * 32, (1, 2, 3, 102))]
+    image = work.finish_picture(p, 0, Image.new("RGB", (32, 32), PAINTED))
+    assert image.getcolors() == [(32 * 32, OFF_GREY)]
 
 
 @pytest.mark.parametrize(("value", "said"), [(2.0, "came out opaque"), (1.0, None), (0.0, "came out empty")])
