@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lib_layerdiffuse.outputs import has_alpha, is_marked
+from lib_layerdiffuse.outputs import alpha_range, is_marked
 
 ENLARGE = "Img2img and Hires. fix enlarge with transparency."
 ADD = "To add something beside a cut-out, give it a larger transparent canvas and use Inpaint."
@@ -19,6 +19,10 @@ OPAQUE: Mapping[str, str] = {
     "outpainting mk2": ADD,
     "poor man's outpainting": ADD,
 }
+
+
+# Web UIs write a stealth infotext into the lowest bit of an alpha of 255.
+STEALTH_ALPHA = 254
 
 
 @dataclass
@@ -37,7 +41,7 @@ class ScriptRun:
     def notes(self, images: Sequence[Any]) -> Iterator[str]:
         """What a person should know of what the script made of its jobs' pictures."""
         yield from self.refusals
-        flat = [image for image in images if not is_marked(image) and not has_alpha(image)]
+        flat = [image for image in images if not is_marked(image) and alpha_range(image)[0] >= STEALTH_ALPHA]
         if self.foregrounds and flat:
             which = f"{len(flat)} of its pictures have none" if len(flat) < len(images) else "its pictures have none"
             yield f"{self.title} puts pictures together without transparency: {which}. {self._advice}"

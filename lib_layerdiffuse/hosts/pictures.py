@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from copy import copy
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lib_layerdiffuse.outputs import (
     Picture,
     caption_of,
     infotext_of,
+    is_marked,
     opaque_of,
     picture_of,
     text_of_extra,
@@ -168,11 +170,11 @@ def with_all_infotexts(original: Function) -> Function:
     """Save, Zip and "reuse seed" look one up for everything shown (ui_common.py:124, seed.py:90)."""
 
     def js(self: Any) -> Any:
-        if any(map(infotext_of, self.extra_images)):
+        if any(map(is_marked, self.images)):
             self = copy(self)
-            missing = len(self.images) - len(self.infotexts)
-            extras = [infotext_of(image) or self.info for image in self.extra_images]
-            self.infotexts = [*self.infotexts, *[self.info] * missing, *extras]
+            own = zip_longest(self.infotexts[: len(self.images)], self.images)  # none where an X/Y/Z cell was refused
+            texts = [*(text for text, _ in own), *map(infotext_of, self.extra_images)]
+            self.infotexts = [text or self.info for text in texts]
         return original(self)
 
     return js
