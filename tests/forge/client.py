@@ -102,6 +102,12 @@ def to_base64(image: Image.Image) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
+def opened(text: str) -> Image.Image:
+    image = Image.open(io.BytesIO(base64.b64decode(text)))
+    image.load()
+    return image
+
+
 def alpha_varies(image: Image.Image) -> bool:
     """Real transparency, not an opaque picture with an alpha channel, nor one with a message in the lowest bit."""
     return image.mode == "RGBA" and len(set(image.getchannel("A").tobytes())) > 4

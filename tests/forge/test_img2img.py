@@ -16,9 +16,11 @@ from tests.forge.client import (
     differential,
     layerdiffuse,
     merged,
+    opened,
     same,
     to_base64,
 )
+from tests.forge.test_inpainting import looks_over_grey_like
 
 REFERENCE = Path(__file__).resolve().parent / "reference_roundtrip.py"
 SMALL = {"width": 64, "height": 64, "steps": 2, "denoising_strength": 0.5}
@@ -92,6 +94,35 @@ def test_ways_to_resize(forge, mode):
     by_hand = picture.convert("RGBa").resize((64, 64), Image.Resampling.LANCZOS).convert("RGBA")
     stretched = forge.img2img(by_hand, TRANSPARENT)
     assert same(answer.images[0], stretched.images[0]) == (mode == 0)
+
+
+def test_a_size_that_8_does_not_divide(forge):
+    """As in txt2img: the last pixels that fill no cell of the latent are left out."""
+    answers = forge.img2img(disc(), TRANSPARENT, width=67, height=100), forge.txt2img(TRANSPARENT, width=67, height=100)
+    assert [answer.images[0].size for answer in answers] == [(64, 96), (64, 96)]
+    assert alpha_varies(answers[0].images[0])
+
+
+def test_colour_correction_is_for_colours_over_grey(forge):
+    before = forge.img2img(soft_disc(), TRANSPARENT)
+    with forge.options(img2img_color_correction=True):
+        after = forge.img2img(soft_disc(), TRANSPARENT)
+    assert not same(after.images[1], before.images[1])
+    assert same(after.images[0].getchannel("A"), before.images[0].getchannel("A"))
+    assert looks_over_grey_like(after.images[0], after.images[1], Image.new("L", (64, 64), 255))
+
+
+def test_extras_that_crop_keep_alpha(forge):
+    how = {"resize_mode": 1, "upscaler_1": "Lanczos", "upscaling_resize_w": 100, "upscaling_resize_h": 80}
+    images = []
+    for picture in (soft_disc(), soft_disc().convert("RGB")):
+        answer = forge.request(
+            "sdapi/v1/extra-single-image", {**how, "upscaling_crop": True, "image": to_base64(picture)}
+        )
+        images.append(opened(answer.body["image"]))
+    assert [(image.mode, image.size) for image in images] == [("RGBA", (100, 80)), ("RGB", (100, 80))]
+    alpha = soft_disc().getchannel("A").resize((100, 100), Image.Resampling.LANCZOS).crop((0, 10, 100, 90))
+    assert max(high for _, high in [ImageChops.difference(images[0].getchannel("A"), alpha).getextrema()]) <= 1
 
 
 @pytest.mark.full

@@ -42,6 +42,18 @@ def equal_where(first, second, white):
     return sum(equal) / len(equal)
 
 
+def looks_over_grey_like(picture, shown, white):
+    """Whether an RGBA picture over the middle grey is what is shown, or as near as its alpha allows."""
+    pixels = zip(*(image.tobytes() for image in (*picture.split(), *shown.split(), white)), strict=True)
+    for *straight, alpha, red, green, blue, counts in pixels:
+        grey = 127.5 * (1 - alpha / 255)
+        for value, wanted in zip(straight, (red, green, blue)):
+            nearest = min(max(wanted, grey), grey + alpha)
+            if counts and abs(value * alpha / 255 + grey - nearest) > 1:
+                return False
+    return True
+
+
 full = pytest.mark.full
 
 

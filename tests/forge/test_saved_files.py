@@ -1,9 +1,12 @@
 """The files of a job with save_images, whatever the format setting and Forge's stealth infotext would do to them."""
 
-import pytest
-from PIL import Image
+import io
+from statistics import mean
 
-from tests.forge.client import PNG_SIGNATURE, SD15_ATTENTION, alpha_varies, layerdiffuse
+import pytest
+from PIL import Image, ImageChops, ImageStat
+
+from tests.forge.client import PNG_SIGNATURE, SD15_ATTENTION, SD15_JOINT, alpha_varies, layerdiffuse
 
 # Every format and every mode at least once, and the modes that touch pixels with the format they touch.
 # In avif Forge's API answers HTTP 500 ("Invalid image format") with pictures that are not ours.
@@ -81,3 +84,35 @@ def test_nothing_else_is_saved_where_nothing_else_is_wanted(forge):
     assert [image.mode for image in answer.images] == ["RGBA"]
     assert len(forge.saved_files() - before) == 1
     assert "LayerDiffuse passes: 8" in answer.infotexts[0]
+
+
+@pytest.mark.parametrize("method", [SD15_ATTENTION, SD15_JOINT])
+def test_near_the_longest_path_every_picture_has_a_file_of_its_own(forge, tmp_path, method):
+    """Forge cuts the whole path to what a file system takes of a name, and what ended the names is cut off first."""
+    folder = tmp_path / ("x" * (190 - len(str(tmp_path))))
+    with forge.options(outdir_txt2img_samples=str(folder), samples_filename_pattern="[seed]-[prompt]"):
+        answer = forge.txt2img(layerdiffuse(method), save_images=True, prompt="a glass bottle of perfume, " * 5)
+    assert answer.status == 200, answer.body
+    files = {path.stem: Image.open(path) for path in folder.iterdir()}
+    assert len(files) == len(answer.images)
+    ends = {"-fg", "-bg", "-blend", "-fg-opaque"} if method == SD15_JOINT else {"-opaque", ""}
+    assert all(any(stem.endswith(end) for stem in files) for end in ends), files
+    [transparent] = [image for image in files.values() if alpha_varies(image)]
+    assert alpha(transparent) == alpha(answer.images[0])
+    assert max(len(str(folder / stem)) for stem in files) > 240  # else nothing was cut
+
+
+def test_the_small_jpg_of_a_large_picture_shows_the_opaque_one(forge):
+    with forge.options(target_side_length=100):
+        before = forge.saved_files()
+        answer = forge.txt2img(layerdiffuse(SD15_ATTENTION), save_images=True)
+    [small] = [path for path in forge.saved_files() - before if path.suffix == ".jpg" and "-opaque" not in path.stem]
+    opaque = answer.images[1].resize((100, 100), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    opaque.save(buffer, "JPEG", quality=80)
+    assert mean_difference(Image.open(small), Image.open(buffer)) < 1
+    assert mean_difference(Image.open(small), answer.images[0].convert("RGB").resize((100, 100))) > 10
+
+
+def mean_difference(first, second):
+    return mean(ImageStat.Stat(ImageChops.difference(first, second)).mean)

@@ -3,9 +3,10 @@
 The img2img Batch tab is the fourth of the kind; it exists on the page only, not in the API.
 """
 
+import pytest
 from PIL import Image
 
-from tests.forge.client import SD15_ATTENTION, all_different, layerdiffuse, same
+from tests.forge.client import SD15_ATTENTION, all_different, alpha_varies, layerdiffuse, same
 
 SMALL = {"width": 64, "height": 64}
 SEED_AXIS, NO_AXIS = 1, 0  # positions in the list of axes of scripts/xyz_grid.py
@@ -25,6 +26,12 @@ def xyz_arguments(x_values, lone_images=True):
     return [*axes, draw_legend, lone_images, sub_grids, no_fixed_seeds, *vary_seeds, margin, csv_mode]
 
 
+def axis(forge, label):
+    info = forge.request("sdapi/v1/script-info").body
+    [plot] = [script for script in info if script["name"] == "x/y/z plot" and not script["is_img2img"]]
+    return plot["args"][0]["choices"].index(label)
+
+
 def test_xyz_plot_over_seeds(forge):
     answer = forge.txt2img(
         layerdiffuse(SD15_ATTENTION),
@@ -41,10 +48,7 @@ def test_xyz_plot_over_seeds(forge):
 
 
 def test_xyz_plot_over_weights(forge):
-    info = forge.request("sdapi/v1/script-info").body
-    [plot] = [script for script in info if script["name"] == "x/y/z plot" and not script["is_img2img"]]
-    weight_axis = plot["args"][0]["choices"].index("[LayerDiffuse] Weight")
-    arguments = [weight_axis, *xyz_arguments("0.3, 1")[1:]]
+    arguments = [axis(forge, "[LayerDiffuse] Weight"), *xyz_arguments("0.3, 1")[1:]]
     answer = forge.txt2img(layerdiffuse(SD15_ATTENTION), SMALL, script_name="x/y/z plot", script_args=arguments)
     assert answer.status == 200, answer.body
     cells = [image for image in answer.transparent if image.size == (64, 64)]
@@ -52,17 +56,73 @@ def test_xyz_plot_over_weights(forge):
     assert [cell.tobytes() for cell in cells] == [picture.tobytes() for picture in alone]
 
 
-def test_prompts_from_file(forge):
-    iterate_seed, same_seed, position, make_combined = False, False, "start", False
+def test_a_plot_keeps_the_transparency_of_its_cells_between_the_legends(forge):
     answer = forge.txt2img(
+        layerdiffuse(SD15_ATTENTION), SMALL, script_name="x/y/z plot", script_args=xyz_arguments("1, 2")
+    )
+    plot, *cells = answer.transparent
+    legend = plot.height - 64
+    assert [same(plot.crop((64 * i, legend, 64 * (i + 1), plot.height)), cell) for i, cell in enumerate(cells)] == [
+        True,
+        True,
+    ]
+    assert plot.crop((0, 0, 128, legend)).getchannel("A").getextrema()[0] >= 254
+    assert answer.notes == ""
+
+
+def test_a_refused_cell_says_why(forge):
+    arguments = [axis(forge, "[LayerDiffuse] Weight"), *xyz_arguments("1, 3")[1:]]
+    answer = forge.txt2img(layerdiffuse(SD15_ATTENTION), SMALL, script_name="x/y/z plot", script_args=arguments)
+    assert answer.status == 200, answer.body
+    assert "Weight (weight in API calls) is 3" in answer.notes
+    assert all(answer.infotexts)
+
+
+def prompts_from_file(forge, make_combined):
+    iterate_seed, same_seed, position = False, False, "start"
+    return forge.txt2img(
         layerdiffuse(SD15_ATTENTION),
         SMALL,
         script_name="prompts from file or textbox",
         script_args=[iterate_seed, same_seed, position, "red apple\ngreen pear", make_combined],
     )
+
+
+def test_prompts_from_file(forge):
+    answer = prompts_from_file(forge, make_combined=False)
     assert answer.status == 200, answer.body
     assert len(answer.transparent) == 2
     assert all_different(answer.transparent)
+
+
+def test_a_combined_image_shows_opaque_pictures_and_says_so(forge):
+    combined, *pictures = prompts_from_file(forge, make_combined=True).images
+    opaque = [forge.txt2img(layerdiffuse(SD15_ATTENTION), SMALL, prompt=f"{prompt} apple").images[1]
+              for prompt in ("red apple", "green pear")]  # fmt: skip
+    assert all(map(alpha_varies, pictures))
+    shown = [combined.crop((64 * i, 0, 64 * (i + 1), 64)) for i in range(2)]
+    assert [each.convert("RGB").tobytes() for each in shown] == [each.tobytes() for each in opaque]
+
+
+OPAQUE_SCRIPTS = {
+    "sd upscale": ["", 16, "None", 2.0],
+    "poor man's outpainting": [32, 4, 0, ["left"]],
+    "outpainting mk2": ["", 32, 4, ["left"], 1.0, 0.05],
+}
+
+
+@pytest.mark.parametrize("script", OPAQUE_SCRIPTS)
+def test_scripts_that_know_no_transparency_say_so_and_show_no_hidden_colours(forge, script):
+    """What is transparent of the picture that they start from has another colour, which would be seen."""
+    init = Image.new("RGBA", (64, 64), (255, 0, 255, 0))
+    init.paste((20, 160, 90, 255), (16, 16, 48, 48))
+    arguments = {"script_name": script, "script_args": OPAQUE_SCRIPTS[script], "denoising_strength": 0.01}
+    answer = forge.img2img(init, layerdiffuse(SD15_ATTENTION), SMALL, arguments)
+    assert answer.status == 200, answer.body
+    assert "puts pictures together without transparency: its pictures have none." in answer.notes
+    [made] = answer.images
+    assert not alpha_varies(made)
+    assert (255, 0, 255) not in {colour for _, colour in made.convert("RGB").getcolors(2**16)}
 
 
 def test_loopback(forge):

@@ -91,3 +91,15 @@ def test_a_saved_file_fills_every_control_by_way_of_png_info(page, forge):
     page.locator("#tab_pnginfo #txt2img_tab").click()
     expect(tab.panel).to_be_visible()
     eventually(lambda: tab.settings, CHANGED | {"resize_mode": DEFAULTS["resize_mode"]})  # no image, so not written
+
+
+def test_the_last_parameters_come_back(page):
+    """By the button that fills an empty prompt from the last job."""
+    tab = Tab(page, "txt2img")
+    tab.paste(PASTED)
+    eventually(lambda: tab.settings, CHANGED)
+    tab.made()
+    load(page)
+    tab.prompt.fill("")
+    page.locator("#txt2img_tools #paste").click()
+    eventually(lambda: tab.settings, CHANGED | {"resize_mode": DEFAULTS["resize_mode"]})

@@ -1,5 +1,9 @@
 """What is done with a result: looked at, downloaded, saved, sent on."""
 
+import re
+import shutil
+from zipfile import ZipFile
+
 from PIL import Image, ImageChops
 from playwright.sync_api import expect
 
@@ -10,7 +14,7 @@ from tests.forge.client import (
     alpha_varies,
     same,
 )
-from tests.page.tab import content_hash, downloaded, eventually
+from tests.page.tab import JOB_LIMIT_S, PATIENCE_S, Tab, content_hash, downloaded, eventually
 
 
 def test_a_transparent_result_is_shown_and_downloaded(txt2img):
@@ -77,3 +81,50 @@ def test_the_web_uis_own_buttons_keep_alpha(txt2img):
         txt2img.send(target)
         eventually(lambda tab=tab: len(txt2img.on_canvas(tab)), 2)
         assert looks_the_same(txt2img.on_canvas(tab)[1], result)
+
+
+def gallery_of_a_batch(tab: Tab) -> list[Image.Image]:
+    """The grid, two transparent pictures, their opaque ones."""
+    tab.set_number("batch_size", 2)
+    pictures = tab.made()
+    assert [alpha_varies(each) for each in pictures] == [True, True, True, False, False]
+    return pictures
+
+
+def test_save_and_zip_write_everything_that_is_shown(forge, txt2img):
+    """After a job, the grid is selected: then all pictures are saved, each under a name of its own."""
+    folder = forge.folder / "log" / "images"
+    shutil.rmtree(folder, ignore_errors=True)
+    with forge.options(return_grid=True, save_images_add_number=False):
+        pictures = gallery_of_a_batch(txt2img)
+        for button in ("save", "save_zip"):
+            txt2img.page.locator(f"#{button}_txt2img").click()
+            expect(txt2img.log).to_contain_text("Saved: ", timeout=PATIENCE_S * 1000)
+            link = txt2img.page.locator("#download_files_txt2img a").first
+            expect(link).to_have_attribute("download", re.compile("[.]zip$" if button == "save_zip" else "[.]png$"))
+    saved, [archive] = list(folder.glob("*.png")), list(folder.glob("*.zip"))
+    assert len(saved) == len(pictures), saved
+    assert sum(path.stem.endswith("-opaque") for path in saved) == 2
+    assert sum(alpha_varies(Image.open(path)) for path in saved) == 3
+    assert len(ZipFile(archive).namelist()) == len(pictures)
+
+
+def test_every_picture_that_is_shown_has_a_seed_and_an_infotext(forge, txt2img):
+    with forge.options(return_grid=True):
+        gallery_of_a_batch(txt2img)
+    for index, seed in enumerate((7, 7, 8, 7, 8)):
+        txt2img.set_number("seed", -1)
+        txt2img.select(index)
+        expect(txt2img.page.locator("#html_info_txt2img")).to_contain_text(f"Seed: {seed}")
+        txt2img.page.locator("#txt2img_reuse_seed").click()
+        eventually(lambda: txt2img.page.locator("#txt2img_seed input").first.input_value(), f"{seed}")
+
+
+def test_the_upscale_button_replaces_a_picture_with_all_that_belongs_to_it(txt2img):
+    txt2img.made()
+    txt2img.page.locator("#txt2img_upscale").click()
+    eventually(lambda: [each.size for each in txt2img.pictures], [(128, 128)] * 2, JOB_LIMIT_S)
+    picture, opaque = txt2img.pictures
+    assert alpha_varies(picture) and not alpha_varies(opaque)
+    txt2img.select(1)
+    expect(txt2img.page.locator("#html_info_txt2img")).to_contain_text("LayerDiffuse extra: opaque")
