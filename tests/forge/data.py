@@ -61,7 +61,7 @@ OPTIONS = {
     "overlay_inpaint": True,
     "img2img_fix_steps": False,
     "img2img_color_correction": False,
-    "outdir_txt2img_samples": "outputs/txt2img-images",
+    "directories_filename_pattern": "[date]",
     "samples_filename_pattern": "",
     "target_side_length": 4000,
     "forge_unet_storage_dtype": "Automatic",

@@ -1,6 +1,7 @@
 """The files of a job with save_images, whatever the format setting and Forge's stealth infotext would do to them."""
 
 import io
+import shutil
 from statistics import mean
 
 import pytest
@@ -87,10 +88,13 @@ def test_nothing_else_is_saved_where_nothing_else_is_wanted(forge):
 
 
 @pytest.mark.parametrize("method", [SD15_ATTENTION, SD15_JOINT])
-def test_near_the_longest_path_every_picture_has_a_file_of_its_own(forge, tmp_path, method):
+def test_near_the_longest_path_every_picture_has_a_file_of_its_own(forge, method):
     """Forge cuts the whole path to what a file system takes of a name, and what ended the names is cut off first."""
-    folder = tmp_path / ("x" * (190 - len(str(tmp_path))))
-    with forge.options(outdir_txt2img_samples=str(folder), samples_filename_pattern="[seed]-[prompt]"):
+    samples = forge.folder / "outputs" / "txt2img-images"
+    folder = samples / ("x" * (190 - len(str(samples))))
+    shutil.rmtree(folder, ignore_errors=True)
+    deep = {"save_to_dirs": True, "directories_filename_pattern": folder.name}
+    with forge.options(**deep, samples_filename_pattern="[seed]-[prompt]"):
         answer = forge.txt2img(layerdiffuse(method), save_images=True, prompt="a glass bottle of perfume, " * 5)
     assert answer.status == 200, answer.body
     files = {path.stem: Image.open(path) for path in folder.iterdir()}
