@@ -92,8 +92,8 @@ def gallery_of_a_batch(tab: Tab) -> list[Image.Image]:
 
 
 def test_save_and_zip_write_everything_that_is_shown(forge, txt2img):
-    """After a job, the grid is selected: then all are saved. Without numbers, the first picture replaces the grid, which
-    has the same seed: that is Forge's."""
+    """After a job, the grid is selected: then all are saved. Where names have no number, Forge lets the first picture
+    replace the grid, which has the same seed."""
     folder = forge.folder / "log" / "images"
     shutil.rmtree(folder, ignore_errors=True)
     with forge.options(return_grid=True, save_images_add_number=False):
