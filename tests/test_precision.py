@@ -55,8 +55,8 @@ def extremes(kind):
     if kind is F64:  # in what is kept of it
         return extremes(F32).double()
     if kind.itemsize == 1:
-        every = torch.arange(256, dtype=torch.uint8).view(kind)
-        return every[every.float().isfinite()]
+        every = torch.arange(256, dtype=torch.uint8)
+        return every[every.view(kind).float().isfinite()].view(kind)
     limits = torch.finfo(kind)
     return torch.tensor([limits.min, limits.max, limits.tiny, limits.eps], dtype=kind)
 

@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from email.utils import format_datetime, parsedate_to_datetime
 from itertools import pairwise
 from pathlib import Path
@@ -527,10 +528,10 @@ def test_something_else_of_that_name_is_left_alone(mirror: Mirror, folder: Path,
     if kind == "folder":
         target.mkdir()
     else:
-        try:
+        with suppress(OSError):  # Windows: no right to make links
             target.symlink_to(folder / "nothing")
-        except OSError:
-            pytest.skip("no right to make links")
+        if not target.is_symlink():
+            pytest.skip("no links here")
     assert f"{target} is there, but is no file" in refusal(folder)
     assert mirror.asked == []
     assert names_in(folder) == {FILE}
