@@ -35,6 +35,7 @@ class Mirror:
     held: list[bool] = field(default_factory=list)  # whether it was
     released: Event = field(default_factory=Event)
     cuts: list[int] = field(default_factory=list)  # the n-th connection breaks after so many bytes
+    ended: list[int] = field(default_factory=list)  # where the connections began that are over
     asked: list[tuple[str, dict[str, str]]] = field(default_factory=list)
 
     def starts(self) -> list[int]:
@@ -80,6 +81,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         with suppress(ConnectionError):  # whoever asked has gone
             self.answer(mirror, start)
+        mirror.ended.append(start)
 
     def refuse(self, status: int, wait: str) -> None:
         self.send_response(status)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -104,8 +105,8 @@ def test_all_follow_the_same(slow: Mirror, downloads: Downloads, tmp_path: Path)
     assert all(FILE in text and 0 <= fraction <= 1 for text, fraction in reports)
 
 
-@pytest.mark.parametrize("trickle", [False, True])
-def test_cancelled_and_continued_at_once(slow: Mirror, downloads: Downloads, trickle: bool) -> None:
+@pytest.mark.parametrize("trickle", [False, True], ids=["silent", "trickle"])
+def test_cancelled_and_continued_at_once(slow: Mirror, downloads: Downloads, tmp_path: Path, trickle: bool) -> None:
     """Though the connection of the first is open, and silent, or brings a byte now and then: none of these is kept."""
     slow.trickle = trickle
     downloads.start(FILE)
@@ -115,8 +116,12 @@ def test_cancelled_and_continued_at_once(slow: Mirror, downloads: Downloads, tri
     assert status.received >= 5000
     slow.trickle, slow.pause = False, 0
     assert downloads.obtain(FILE, quiet).read_bytes() == BODY
-    assert not slow.released.is_set()
     assert slow.starts() == [0, status.received]
+    if not trickle:
+        assert 0 not in slow.ended
+        slow.released.set()
+    until(lambda: all(thread.name != f"download {FILE}" for thread in threading.enumerate()))
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
 def test_cancelled_before_it_began(slow: Mirror, downloads: Downloads, tmp_path: Path) -> None:
