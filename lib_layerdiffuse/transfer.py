@@ -140,6 +140,7 @@ class Transfer:
                     self._part.write(piece)
                 stored += len(piece)
                 self._tell(stored)
+        self._go_on()
         return stored == total
 
     def _connect(self, size: int, promised: int | None) -> tuple[Any, int]:
@@ -169,7 +170,6 @@ class Transfer:
 
     def _ask(self, start: int) -> Any:
         """An answer, after as much waiting as servers may ask for."""
-        self._go_on()
         with self._network():
             try:
                 return urlopen(self._request(start), timeout=TIMEOUT)

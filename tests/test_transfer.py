@@ -365,7 +365,7 @@ def test_offline(mirror: Mirror, folder: Path, monkeypatch: pytest.MonkeyPatch) 
         "http://[",
         "gopher://x",
         "http://host:port",
-        "http://127.0.0.1:99999999999",
+        "http://127.0.0.1:" + 30 * "9",
         "http://a b",
         "http://127.0.0.1:1/ü",
     ],
@@ -537,33 +537,38 @@ def test_something_else_of_that_name_is_left_alone(mirror: Mirror, folder: Path,
     assert names_in(folder) == {FILE}
 
 
-def test_a_disk_that_is_full_keeps_what_came(mirror: Mirror, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def through(monkeypatch: pytest.MonkeyPatch, write: Callable[[Any, bytes], int]) -> None:
+    """Makes this what writes into a part's open file."""
     opened = part.Part._opened
 
-    class Disk:
-        """Takes 5000 bytes, and a piece as far as there is room."""
+    def wrapped(self: part.Part) -> Any:
+        file = opened(self)
+        return SimpleNamespace(truncate=file.truncate, write=lambda piece: write(file, piece))
 
-        def __init__(self, file: Any) -> None:
-            self.file = file
+    monkeypatch.setattr(part.Part, "_opened", wrapped)
 
-        def truncate(self, size: int) -> None:
-            self.file.truncate(size)
 
-        def write(self, piece: bytes) -> int:
-            room = 5000 - os.fstat(self.file.fileno()).st_size
-            if not room:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return self.file.write(piece[:room])
+def test_a_disk_that_is_full_keeps_what_came(mirror: Mirror, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(file: Any, piece: bytes) -> int:
+        room = 5500 - os.fstat(file.fileno()).st_size
+        if not room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return file.write(piece[:room])
 
     with monkeypatch.context() as full:
-        full.setattr(part.Part, "_opened", lambda self: Disk(opened(self)))
+        through(full, write)
         message = refusal(folder)
     assert f"{folder} cannot be written to: [Errno {errno.ENOSPC}]" in message
     assert "Make room" in message
     assert_by_hand(message, folder)
-    assert part_of(folder).read_bytes() == BODY[:5000]
+    assert part_of(folder).read_bytes() == BODY[:5500]
     assert obtain(folder).read_bytes() == BODY
-    assert mirror.starts() == [0, 5000]
+    assert mirror.starts() == [0, 5500]
+
+
+def test_a_disk_that_takes_less_at_once(mirror: Mirror, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    through(monkeypatch, lambda file, piece: file.write(piece[:300]))
+    assert obtain(folder).read_bytes() == BODY
 
 
 def test_a_name_that_cannot_be_given_keeps_what_came(
