@@ -1,4 +1,4 @@
-"""The unfinished file of a download, which one at a time may write among all programs that share the folder."""
+"""The unfinished file of a download. Of all programs that share the folder, one at a time may write it."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ ETAG = re.compile(r'"[!#-~]*"')  # a strong one: bytes may differ where a weak o
 
 
 class LeftError(Exception):
-    """The part was left: whoever is still at work on it ends."""
+    """The part was left: who is still at work on it ends."""
 
 
 class Part:
     """`<file>.part` beside where the file will be, with `<file>.part.etag` and `<file>.lock`.
 
-    Who has taken it may write. Anybody may leave it in place of that one, who may hang in a dead connection: then every
-    call of his raises LeftError, and the next one need not wait for him. OSError, or ValueError for what is no path,
-    where the folder does not allow it.
+    Who has taken it may write. Any thread may leave it in place of the one that writes, which may hang in a dead
+    connection: from then on its calls raise LeftError, and nobody has to wait for it. Calls raise OSError where the
+    folder does not allow it, ValueError where it is no path.
     """
 
     def __init__(self, folder: Path, file: str) -> None:

@@ -7,7 +7,6 @@ to what may be of another file; newer ones throw away what had come. None compar
 import base64
 import logging
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -56,7 +55,7 @@ class Transfer:
         self._report = report
         self._part = Part(folder, asset.file)
         self._total = asset.size  # bytes expected
-        self._pieced = False  # whether the part's bytes came by several connections
+        self._pieced = False  # whether what is here did not come in one go
         self._patience: float = PATIENCE
         self._revision = REVISION
 
@@ -132,10 +131,9 @@ class Transfer:
         response, stored = self._connect(size, promised)
         with response:
             announced = response.headers.get("Content-Length", "")
-            length = int(announced) if announced.isdecimal() else None
-            total = None if length is None else stored + length
+            total = stored + int(announced) if announced.isdecimal() else None
             self._total = total or self._asset.size
-            for piece in pieces(response, length):
+            for piece in pieces(response):
                 with self._disk():
                     self._part.write(piece)
                 stored += len(piece)
@@ -210,8 +208,8 @@ class Transfer:
             return
         self._say(f"the server asks to wait {seconds:.0f} s")
         end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
-            self._wait(min(left, INTERVAL))
+        while (rest := end - time.monotonic()) > 0:
+            self._wait(min(rest, INTERVAL))
         self.note = ""
 
     def _right(self) -> bool:
@@ -264,13 +262,11 @@ class Transfer:
         )
 
 
-def pieces(response: Any, length: int | None) -> Iterator[bytes]:
-    """The body, each piece as soon as it is there; a connection that breaks ends it early. length: None if unknown."""
-    rest = sys.maxsize if length is None else length
+def pieces(response: Any) -> Iterator[bytes]:
+    """The body, each piece as soon as it is there; a connection that breaks ends it early."""
     with suppress(OSError, HTTPException):
-        while rest and (piece := response.read1(min(CHUNK, rest))):
+        while piece := response.read1(CHUNK):
             yield piece
-            rest -= len(piece)
 
 
 def etag_of(response: Any) -> str:

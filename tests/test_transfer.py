@@ -213,9 +213,15 @@ def test_a_file_that_somebody_puts_there_meanwhile_stays(mirror: Mirror, folder:
 
 
 def test_a_length_short_of_the_file(mirror: Mirror, folder: Path) -> None:
-    mirror.length = 5000
-    assert "the 5,000 bytes that came are not that file" in refusal(folder)
+    mirror.length = 5500
+    assert "the 5,500 bytes that came are not that file" in refusal(folder)
     assert names_in(folder) == set()
+
+
+def test_a_connection_that_stays_open_is_not_waited_for(mirror: Mirror, folder: Path) -> None:
+    mirror.pause = PATIENCE
+    assert obtain(folder).read_bytes() == BODY
+    assert mirror.ended == []
 
 
 def test_a_length_beyond_the_file(mirror: Mirror, folder: Path) -> None:
