@@ -170,7 +170,7 @@ def obtainer(folders: Sequence[Path]) -> Callable[[str], Path]:
     """Finds weight files, and downloads what is missing with a progress bar."""
     from tqdm import tqdm
 
-    from lib_layerdiffuse.weights import WeightLibrary
+    from lib_layerdiffuse.library import WeightLibrary
 
     library = WeightLibrary(folders)
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from threading import Event, Lock, Thread
 
 from lib_layerdiffuse.errors import LayerDiffuseError
+from lib_layerdiffuse.library import WeightLibrary
 from lib_layerdiffuse.methods import listed, nearest, shortened
-from lib_layerdiffuse.weights import ASSETS, MB, Asset, WeightLibrary
+from lib_layerdiffuse.part import LeftError
+from lib_layerdiffuse.weights import ASSETS, MB, Asset, compare, fingerprint, size_of
 
 log = logging.getLogger("layerdiffuse")
 
@@ -36,8 +38,9 @@ class Status:
     asset: Asset
     state: State
     received: int  # bytes here: of the file, of a download under way, or of one broken off, which goes on from there
-    total: int  # bytes expected; about, until a server announced them
+    total: int  # bytes expected
     error: str  # the sentence, where a download failed
+    note: str = ""  # why nothing comes at the moment
 
     @property
     def fraction(self) -> float:
@@ -46,7 +49,8 @@ class Status:
 
     def __str__(self) -> str:
         """A line for a progress bar."""
-        return f"Downloading {self.asset.file}: {self.received / MB:.0f} of {self.total / MB:.0f} MB"
+        note = f" ({self.note})" if self.note else ""
+        return f"Downloading {self.asset.file}: {self.received / MB:.0f} of {self.total / MB:.0f} MB{note}"
 
 
 class Downloads:
@@ -56,6 +60,7 @@ class Downloads:
         """folders: may hold weight files; asked each time. The first is where downloads go."""
         self._folders = folders
         self._runs: dict[str, _Run] = {}  # the latest of each file
+        self._compared: set[str] = set()  # fingerprints of files whose hash was looked at
         self._lock = Lock()
 
     def status(self, file: str) -> Status:
@@ -65,11 +70,12 @@ class Downloads:
         run = self._runs.get(file)
         state = run.state if run else State.MISSING  # first: a run that ends from here on leaves the file to be found
         if path := library.find(file):
-            size = path.stat().st_size
+            size = size_of(path)
             return Status(asset, State.PRESENT, size, size, "")
-        total = run.total if run else asset.megabytes * MB
+        if run and state is State.DOWNLOADING:
+            return Status(asset, state, run.received, run.total, "", run.note)
         error = run.error if run and state is State.FAILED else ""
-        return Status(asset, state, library.received(file), total, error)
+        return Status(asset, state, library.received(file), run.total if run else asset.size, error)
 
     def start(self, file: str) -> Status:
         """Download the file in the background, unless it is here or on its way. Raises as `status` does."""
@@ -82,7 +88,7 @@ class Downloads:
         find_asset(file)
         with self._lock:
             if run := self._runs.get(file):
-                run.stopped.set()
+                run.stop()
         return self.status(file)
 
     def obtain(self, file: str, report: Report) -> Path:
@@ -94,6 +100,7 @@ class Downloads:
         find_asset(file)
         library = WeightLibrary(self._folders())
         if path := library.find(file):
+            self._compare(path, report)
             return path
         run = self._join(file)
         try:
@@ -108,12 +115,25 @@ class Downloads:
             return path
         raise LayerDiffuseError(run.error or f"The download of {file} was cancelled. The next one goes on from there.")
 
+    def _compare(self, path: Path, report: Report) -> None:
+        """Once for each file: a warning where it is not what was released."""
+        identity = fingerprint(path)
+        with self._lock:
+            if identity in self._compared:
+                return
+            self._compared.add(identity)
+        try:
+            compare(path, lambda done, size: report(f"Checking {path.name}", done / size))
+        except BaseException:  # interrupted: the next one looks
+            self._compared.discard(identity)
+            raise
+
     def _join(self, file: str) -> _Run:
         """The download under way, with one more who wants it; a new one where there is none."""
         with self._lock:
             run = self._runs.get(file)
             if run is None or run.state is not State.DOWNLOADING:
-                run = self._runs[file] = _Run(file, WeightLibrary(self._folders()), after=run)
+                run = self._runs[file] = _Run(file, WeightLibrary(self._folders()), self._compared)
             run.wanted += 1
             return run
 
@@ -121,20 +141,22 @@ class Downloads:
         with self._lock:
             run.wanted -= 1
             if run.wanted == 0:
-                run.stopped.set()
+                run.stop()
 
 
 class _Run:
-    """One download in a thread of its own, which begins when the one before it has let go of the file."""
+    """One download in a thread of its own."""
 
-    def __init__(self, file: str, library: WeightLibrary, after: _Run | None) -> None:
+    def __init__(self, file: str, library: WeightLibrary, compared: set[str]) -> None:
+        """compared: takes the fingerprint of what came, whose hash the download has looked at."""
         self.file = file
-        self.total = ASSETS[file].megabytes * MB
+        self.received, self.total = library.received(file), ASSETS[file].size
         self.error = ""
         self.wanted = 0
         self.stopped = Event()  # somebody wants it to end
         self.done = Event()  # the thread has ended
-        Thread(target=self._run, args=(library, after), daemon=True, name=f"download {file}").start()
+        self._transfer = library.transfer(file, self._progress)
+        Thread(target=self._run, args=(compared,), daemon=True, name=f"download {file}").start()
 
     @property
     def state(self) -> State:
@@ -145,13 +167,19 @@ class _Run:
             return State.DOWNLOADING
         return State.FAILED if self.error else State.MISSING
 
-    def _run(self, library: WeightLibrary, after: _Run | None) -> None:
+    @property
+    def note(self) -> str:
+        return self._transfer.note
+
+    def stop(self) -> None:
+        """From here on another one can have the file, even if the thread hangs in its connection for a while."""
+        self.stopped.set()
+        self._transfer.stop()
+
+    def _run(self, compared: set[str]) -> None:
         try:
-            if after:
-                after.done.wait()
-            self._go_on()
-            library.obtain(self.file, self._progress)
-        except _StoppedError:
+            compared.add(fingerprint(self._transfer.run()))
+        except LeftError:
             log.info("the download of %s was cancelled", self.file)
         except Exception as error:  # whatever it is, those who wait must hear of it
             log.warning("%s", error, exc_info=not isinstance(error, LayerDiffuseError))
@@ -160,16 +188,7 @@ class _Run:
             self.done.set()
 
     def _progress(self, received: int, total: int) -> None:
-        self.total = total
-        self._go_on()
-
-    def _go_on(self) -> None:
-        if self.stopped.is_set():
-            raise _StoppedError
-
-
-class _StoppedError(Exception):
-    """Ends the thread of a download."""
+        self.received, self.total = received, total
 
 
 def find_asset(file: str) -> Asset:

@@ -26,7 +26,7 @@ from lib_layerdiffuse.methods import DECODERS, ENCODERS, METHODS, Family
 from lib_layerdiffuse.nets.decoder import TransparentDecoder
 from lib_layerdiffuse.nets.encoder import TransparentEncoder
 from lib_layerdiffuse.vae import TransparentVAE
-from lib_layerdiffuse.weights import ASSETS
+from lib_layerdiffuse.weights import ASSETS, REVISION
 from lib_layerdiffuse.workshop import Workshop
 
 DECODER = {key: value.contiguous() for key, value in random_state_dict(ReferenceDecoder(layers=1)).items()}
@@ -285,8 +285,8 @@ def test_weights(client):
     assert {row["file"] for row in rows if row["state"] == "present"} == {*DECODERS.values(), *ENCODERS.values()}
     [row] = [row for row in rows if row["file"] == MISSING]
     assert row == client.get(f"weights/{MISSING}").json()
-    assert row["address"].endswith(f"/LayerDiffusion/layerdiffusion-v1/resolve/main/{MISSING}")
-    assert {"received": 0, "total": 702_000_000, "megabytes": 702, "error": ""}.items() <= row.items()
+    assert row["address"].endswith(f"/LayerDiffusion/layerdiffusion-v1/resolve/{REVISION}/{MISSING}")
+    assert {"received": 0, "total": ASSETS[MISSING].size, "megabytes": 702, "error": ""}.items() <= row.items()
 
 
 def test_a_download_is_started_followed_cancelled_and_continued(client, mirror):

@@ -1,5 +1,8 @@
 """Downloads that many follow: who starts them, who ends them, and what everybody is told."""
 
+import hashlib
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,13 +13,14 @@ import torch
 from mirror import Mirror, mirrored
 from safetensors.torch import save
 
-from lib_layerdiffuse import weights
+from lib_layerdiffuse import transfer
 from lib_layerdiffuse.downloads import Downloads, State
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.weights import ASSETS
+from lib_layerdiffuse.weights import ASSETS, Asset
 
 FILE = "vae_transparent_encoder.safetensors"
 BODY = save({"a": torch.arange(2000.0)})
+DAMAGED = BODY[:-1] + b"!"
 PATIENCE = 10  # seconds until a test gives up
 
 
@@ -60,7 +64,7 @@ def state(downloads: Downloads) -> State:
 def test_missing(downloads: Downloads) -> None:
     status = downloads.status(FILE)
     assert status.asset == ASSETS[FILE]
-    assert (status.state, status.received, status.total, status.error) == (State.MISSING, 0, 2_000_000, "")
+    assert (status.state, status.received, status.total, status.error) == (State.MISSING, 0, ASSETS[FILE].size, "")
     assert status.fraction == 0
 
 
@@ -101,16 +105,26 @@ def test_all_follow_the_same(slow: Mirror, downloads: Downloads, tmp_path: Path)
     assert all(FILE in text and 0 <= fraction <= 1 for text, fraction in reports)
 
 
-def test_cancelled_and_continued(slow: Mirror, downloads: Downloads, tmp_path: Path) -> None:
+@pytest.mark.parametrize("trickle", [False, True], ids=["silent", "trickle"])
+def test_cancelled_and_continued_at_once(
+    slow: Mirror, downloads: Downloads, tmp_path: Path, caplog: pytest.LogCaptureFixture, trickle: bool
+) -> None:
+    """Though the connection of the first is open, and silent, or brings a byte now and then: none of these is kept."""
+    slow.trickle = trickle
     downloads.start(FILE)
     under_way(downloads)
     status = downloads.cancel(FILE)
-    assert (status.state, status.received, status.error) == (State.MISSING, 5000, "")
-    assert downloads.start(FILE).state is State.DOWNLOADING  # though the connection of the first is still open
-    assert len(slow.asked) == 1
-    slow.released.set()
+    assert (status.state, status.error) == (State.MISSING, "")
+    assert status.received >= 5000
+    slow.trickle, slow.pause = False, 0
     assert downloads.obtain(FILE, quiet).read_bytes() == BODY
-    assert slow.starts() == [0, 5000, 6000]  # the cancelled one notices with the next piece that comes
+    if not trickle:
+        assert 0 not in slow.ended
+        slow.released.set()
+    until(lambda: all(thread.name != f"download {FILE}" for thread in threading.enumerate()))
+    assert slow.starts() == [0, status.received]
+    assert caplog.records == []
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
 def test_cancelled_before_it_began(slow: Mirror, downloads: Downloads, tmp_path: Path) -> None:
@@ -183,7 +197,7 @@ def test_a_failure_is_told_to_all_and_the_next_start_tries_again(mirror: Mirror,
 def test_a_failure_that_nobody_thought_of_is_told_too(
     mirror: Mirror, downloads: Downloads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "CHUNK", "many")
+    monkeypatch.setattr(transfer, "CHUNK", "many")
     with pytest.raises(LayerDiffuseError, match="str"):
         downloads.obtain(FILE, quiet)
     assert state(downloads) is State.FAILED
@@ -202,3 +216,83 @@ def test_files_do_not_wait_for_each_other(slow: Mirror, downloads: Downloads, tm
     under_way(downloads)
     assert downloads.obtain(other, quiet).read_bytes() == BODY
     assert state(downloads) is State.DOWNLOADING
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "nul\0l", "file/models"], ids=["long", "NUL", "below a file"])
+def test_a_folder_that_cannot_be_used_is_said_and_raises_nothing_else(
+    mirror: Mirror, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "file").write_text("a file", "utf-8")
+    downloads = Downloads(lambda: [tmp_path / name])
+    assert (state(downloads), downloads.status(FILE).received) == (State.MISSING, 0)
+    with pytest.raises(LayerDiffuseError, match="cannot be written to"):
+        downloads.obtain(FILE, quiet)
+    assert "cannot be written to" in downloads.status(FILE).error
+    assert downloads.cancel(FILE).state is State.MISSING
+
+
+def test_a_server_that_asks_to_wait_is_said_and_need_not_be_waited_for(mirror: Mirror, downloads: Downloads) -> None:
+    mirror.refusals = [(503, "30")]
+    downloads.start(FILE)
+    until(lambda: str(downloads.status(FILE)).endswith("MB (the server asks to wait 30 s)"))
+    downloads.cancel(FILE)
+    assert downloads.obtain(FILE, quiet).read_bytes() == BODY
+
+
+def test_two_of_one_program_fetch_a_file_once(slow: Mirror, downloads: Downloads, tmp_path: Path) -> None:
+    other = Downloads(lambda: [tmp_path])
+    downloads.start(FILE)
+    under_way(downloads)
+    other.start(FILE)
+    until(lambda: "another program is downloading it" in str(other.status(FILE)))
+    assert other.status(FILE).received == 5000
+    slow.released.set()
+    assert other.obtain(FILE, quiet).read_bytes() == BODY
+    until(lambda: state(downloads) is State.PRESENT)
+    assert slow.starts() == [0, 5000]
+
+
+# Files with other bytes than the released ones
+
+
+@pytest.fixture
+def released(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if BODY were the released file."""
+    monkeypatch.setitem(ASSETS, FILE, Asset(FILE, len(BODY), hashlib.sha256(BODY).hexdigest()))
+
+
+@pytest.mark.usefixtures("released")
+def test_a_damaged_file_is_said_once(downloads: Downloads, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / FILE).write_bytes(DAMAGED)
+    reports: list[tuple[str, float]] = []
+    for _ in range(3):
+        downloads.obtain(FILE, lambda *report: reports.append(report))
+    assert len(caplog.records) == 1
+    assert reports == [(f"Checking {FILE}", 1.0)]
+    (tmp_path / FILE).write_bytes(DAMAGED[:-1] + b"?")  # another one
+    os.utime(tmp_path / FILE, ns=(0, 1))
+    downloads.obtain(FILE, quiet)
+    assert len(caplog.records) == 2
+
+
+@pytest.mark.usefixtures("released")
+def test_an_interrupted_look_at_a_file_is_taken_again(
+    downloads: Downloads, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / FILE).write_bytes(DAMAGED)
+    with pytest.raises(Interrupted):
+        downloads.obtain(FILE, interrupt)
+    assert caplog.records == []
+    downloads.obtain(FILE, quiet)
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.usefixtures("released")
+def test_a_download_is_not_looked_at_twice(
+    mirror: Mirror, downloads: Downloads, caplog: pytest.LogCaptureFixture
+) -> None:
+    mirror.body = DAMAGED
+    downloads.start(FILE)
+    for _ in range(2):
+        assert downloads.obtain(FILE, quiet).read_bytes() == DAMAGED
+    assert len(caplog.records) == 1

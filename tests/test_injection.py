@@ -101,3 +101,20 @@ def test_a_file_of_another_kind_is_named(tmp_path, method, content, reason):
     save_file(content, path)
     with pytest.raises(LayerDiffuseError, match=f"{method.weights} is not the weight file.*{reason}"):
         load_injection(method, path)
+
+
+@pytest.mark.parametrize(("method", "content"), [(SDXL, LORA | DIFF), (SD15, random_file(1))], ids=["SDXL", "SD1.5"])
+def test_numbers_that_cannot_be_computed_with_are_named(tmp_path, method, content):
+    path = tmp_path / method.weights
+    name = max(content)
+    for spoil in (lambda x: x.to(torch.int8), lambda x: x.fill_(float("nan"))):
+        save_file(content | {name: spoil(content[name].clone())}, path)
+        with pytest.raises(LayerDiffuseError, match=f"{method.weights} cannot be used: its tensor {name} holds"):
+            load_injection(method, path)
+
+
+def test_additions_come_in_one_precision(tmp_path):
+    path = tmp_path / SDXL.weights
+    save_file({key: x.bfloat16() for key, x in LORA.items()} | {key: x.half() for key, x in DIFF.items()}, path)
+    content = load_injection(SDXL, path).content
+    assert {x.dtype for x in (*content.lora[KEY], content.diff[CONV])} == {torch.float32}

@@ -1,65 +1,34 @@
-"""Weight files: found, downloaded from a real server on this machine, checked, read."""
+"""Weight files: the catalogue, what is found in folders, whether a file is whole, what is in it."""
 
 import errno
 import hashlib
 import json
 import logging
 import os
-import socket
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import pytest
 import torch
-from mirror import Mirror, mirrored
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 
 from lib_layerdiffuse import weights
 from lib_layerdiffuse.errors import LayerDiffuseError
+from lib_layerdiffuse.library import WeightLibrary
 from lib_layerdiffuse.methods import DECODERS, ENCODERS, METHODS
-from lib_layerdiffuse.weights import ASSETS, WeightLibrary, address_of, check_whole, fingerprint, read_tensors
+from lib_layerdiffuse.weights import ASSETS, address_of, check_whole, fingerprint, read_tensors
 
 FILE = "vae_transparent_encoder.safetensors"
-TENSORS = {"a": torch.arange(2000.0), "b": torch.ones(3, 4, dtype=torch.float16)}
+TENSORS = {"a": torch.arange(2000.0), "b": torch.ones(3, 4)}
 BODY = save(TENSORS, {"note": "8 kB of weights"})
 OTHER = save({"a": torch.arange(3000.0)})
 HEADER = 8 + int.from_bytes(BODY[:8], "little")
 PAGE = b"<!DOCTYPE html><title>Sign in</title>"
 
 
-@pytest.fixture
-def mirror(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mirror]:
-    with mirrored(BODY, monkeypatch) as mirror:
-        yield mirror
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "models" / "layer_model"
-
-
-def part_of(folder: Path, content: bytes | None = None) -> Path:
-    """The unfinished file, with this content."""
-    part = folder / f"{FILE}.part"
-    if content is not None:
-        folder.mkdir(parents=True)
-        part.write_bytes(content)
-    return part
-
-
-def names_in(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir()]
-
-
-def obtain(*folders: Path) -> Path:
-    return WeightLibrary(folders).obtain(FILE, lambda received, total: None)
-
-
-def refusal(*folders: Path) -> str:
-    with pytest.raises(LayerDiffuseError) as caught:
-        obtain(*folders)
-    return str(caught.value)
+def quiet(done: int, size: int) -> None:
+    """A report that nobody reads."""
 
 
 # The catalogue
@@ -73,20 +42,31 @@ def test_every_file_a_method_needs_is_in_the_catalogue() -> None:
 @pytest.mark.parametrize("asset", ASSETS.values(), ids=lambda asset: asset.file)
 def test_asset_row(asset: weights.Asset) -> None:
     assert asset.file.endswith(".safetensors")
-    assert asset.megabytes > 0
-    assert asset.sha256 == "" or len(bytes.fromhex(asset.sha256)) == 32
+    assert abs(asset.size - asset.megabytes * weights.MB) <= weights.MB / 2
+    assert len(bytes.fromhex(asset.sha256)) == (0 if asset.file in ENCODERS.values() else 32)
 
 
 @pytest.mark.parametrize(
-    "endpoint", [None, "", "https://huggingface.co", "https://mirror.example/", "http://localhost:1/hf"]
+    ("endpoint", "base"),
+    [
+        (None, "https://huggingface.co"),
+        ("", "https://huggingface.co"),
+        ("https://huggingface.co", "https://huggingface.co"),
+        ("https://mirror.example/", "https://mirror.example"),
+        (" http://localhost:1/hf\n", "http://localhost:1/hf"),
+        ("https://me:secret@mirror.example/hf", "https://mirror.example/hf"),
+        ("https://me:sec/r?e#t@mirror.example:1", "https://mirror.example:1"),
+        ("https://me:secret@more:secret@mirror.example", "https://mirror.example"),
+        ("me:secret@mirror.example", "mirror.example"),
+        ("http://[", "http://["),
+    ],
 )
-def test_address(endpoint: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_address(endpoint: str | None, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if endpoint is None:
         monkeypatch.delenv("HF_ENDPOINT", raising=False)
     else:
         monkeypatch.setenv("HF_ENDPOINT", endpoint)
-    base = (endpoint or "https://huggingface.co").rstrip("/")
-    assert address_of(FILE) == f"{base}/LayerDiffusion/layerdiffusion-v1/resolve/main/{FILE}"
+    assert address_of(FILE) == f"{base}/LayerDiffusion/layerdiffusion-v1/resolve/{weights.REVISION}/{FILE}"
 
 
 # Finding
@@ -104,224 +84,62 @@ def test_folders_are_searched_in_order(tmp_path: Path) -> None:
     assert library.find("layer_sd15_joint.safetensors") is None
 
 
-def test_a_file_that_is_there_is_not_downloaded_nor_touched(mirror: Mirror, tmp_path: Path) -> None:
+def test_a_file_that_is_there_is_not_downloaded_nor_touched(tmp_path: Path) -> None:
     path = tmp_path / FILE
     path.write_bytes(BODY[:100])
-    assert obtain(tmp_path / "elsewhere", tmp_path) == path
+    assert WeightLibrary((tmp_path / "elsewhere", tmp_path)).obtain(FILE, quiet) == path
     assert path.read_bytes() == BODY[:100]
-    assert mirror.asked == []
+    assert not (tmp_path / "elsewhere").exists()
 
 
-# Downloading
+@pytest.mark.parametrize("name", ["x" * 300, "nul\0l"], ids=["long", "NUL"])
+def test_a_folder_that_cannot_be_looked_into_has_nothing(tmp_path: Path, name: str) -> None:
+    library = WeightLibrary((tmp_path / name, tmp_path))
+    assert library.find(FILE) is None
+    assert library.received(FILE) == 0
+    (tmp_path / FILE).write_bytes(BODY)
+    assert library.find(FILE) == tmp_path / FILE
 
 
-def test_download(mirror: Mirror, folder: Path, tmp_path: Path) -> None:
+def test_a_folder_of_that_name_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / FILE).mkdir()
+    assert WeightLibrary([tmp_path]).find(FILE) is None
+
+
+@pytest.fixture
+def released(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if BODY were a released file."""
+    monkeypatch.setitem(ASSETS, FILE, weights.Asset(FILE, len(BODY), hashlib.sha256(BODY).hexdigest()))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "warned"),
+    [
+        (FILE, BODY, False),
+        (FILE, BODY[:-1] + b"!", True),
+        (FILE, OTHER, False),  # somebody's own
+        ("mine.safetensors", BODY[:-1] + b"!", False),
+        ("layer_sd15_vae_transparent_encoder.safetensors", bytes(2365008), False),  # whose hash nobody knows
+    ],
+)
+@pytest.mark.usefixtures("released")
+def test_a_file_with_other_bytes_than_the_released_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, content: bytes, warned: bool
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
     reports: list[tuple[int, int]] = []
-    path = WeightLibrary([folder, tmp_path]).obtain(FILE, lambda *report: reports.append(report))
-    assert path == folder / FILE
-    assert path.read_bytes() == BODY
-    assert names_in(folder) == [FILE]
-    assert reports == [(min(received, len(BODY)), len(BODY)) for received in range(1000, len(BODY) + 1000, 1000)]
+    weights.compare(path, lambda *report: reports.append(report))
+    assert [str(path) in record.getMessage() for record in caplog.records] == [True] * warned
+    assert not warned or "delete it: the next run downloads it again" in caplog.text
+    assert set(reports) <= {(len(content), len(content))}
 
 
-def test_request_names_the_program_and_no_compression(mirror: Mirror, folder: Path) -> None:
-    obtain(folder)
-    [(path, headers)] = mirror.asked
-    assert path == f"/LayerDiffusion/layerdiffusion-v1/resolve/main/{FILE}"
-    assert headers["user-agent"] == "sd-forge-layerdiffuse"
-    assert headers["accept-encoding"] == "identity"
-
-
-@pytest.mark.parametrize(
-    ("cuts", "starts"),
-    [
-        ([5000], [0, 5000]),
-        ([HEADER, 1500, 10], [0, HEADER, HEADER + 1500, HEADER + 1510]),
-        ([HEADER // 2], [0, 0]),  # nothing can be said yet about a part without its header
-    ],
-)
-def test_a_cut_connection_is_continued(mirror: Mirror, folder: Path, cuts: list[int], starts: list[int]) -> None:
-    mirror.cuts = cuts
-    assert obtain(folder).read_bytes() == BODY
-    assert mirror.starts() == starts
-
-
-def test_a_dead_connection_keeps_the_part_for_the_next_time(mirror: Mirror, folder: Path) -> None:
-    mirror.cuts = [5000, 0]
-    assert "broke off" in refusal(folder)
-    assert part_of(folder).read_bytes() == BODY[:5000]
-    assert obtain(folder).read_bytes() == BODY
-    assert mirror.starts() == [0, 5000, 5000]
-
-
-def test_an_interrupt_passes_through_and_keeps_the_part(mirror: Mirror, folder: Path) -> None:
-    class Interrupted(OSError):
-        """Looks like trouble with the disk, and is none."""
-
-    def report(received: int, total: int) -> None:
-        if received > total / 2:
-            raise Interrupted
-
-    with pytest.raises(Interrupted):
-        WeightLibrary([folder]).obtain(FILE, report)
-    kept = part_of(folder).stat().st_size
-    assert len(BODY) / 2 < kept < len(BODY)
-    assert obtain(folder).read_bytes() == BODY
-    assert mirror.starts() == [0, kept]
-
-
-def test_a_server_without_ranges_sends_all_again(mirror: Mirror, folder: Path) -> None:
-    part_of(folder, BODY[:5000])
-    mirror.ranges = False
-    assert obtain(folder).read_bytes() == BODY
-    assert len(mirror.asked) == 1
-
-
-def test_a_server_without_ranges_that_always_breaks_ends_in_a_sentence(mirror: Mirror, folder: Path) -> None:
-    mirror.ranges, mirror.cuts = False, [5000] * 9
-    assert "broke off" in refusal(folder)
-    assert len(mirror.asked) == 2
-
-
-@pytest.mark.parametrize(
-    ("part", "starts"),
-    [
-        (OTHER[:5000], [5000, 0]),  # the server has a file of another size
-        (OTHER[:-1], [len(OTHER) - 1, 0]),  # and this one is shorter than the part: 416
-        (PAGE, [0]),
-        (b"", [0]),
-        (BODY + b"more", [0]),
-        (BODY, []),  # all there, only not renamed
-    ],
-    ids=["other size", "416", "garbage", "empty", "too long", "complete"],
-)
-def test_a_part_that_was_left(mirror: Mirror, folder: Path, part: bytes, starts: list[int]) -> None:
-    part_of(folder, part)
-    assert obtain(folder).read_bytes() == BODY
-    assert mirror.starts() == starts
-    assert names_in(folder) == [FILE]
-
-
-def test_a_connection_that_falls_silent_is_continued(
-    mirror: Mirror, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(weights, "TIMEOUT", 0.5)
-    mirror.cuts, mirror.pause = [5000], 2
-    assert obtain(folder).read_bytes() == BODY
-    assert mirror.starts() == [0, 5000]
-
-
-def test_a_server_that_announces_no_length(mirror: Mirror, folder: Path) -> None:
-    mirror.length = -1
-    totals: set[int] = set()
-    path = WeightLibrary([folder]).obtain(FILE, lambda received, total: totals.add(total))
-    assert path.read_bytes() == BODY
-    assert totals == {2_000_000}  # the catalogue's
-
-
-def test_a_body_in_chunks_that_breaks(mirror: Mirror, folder: Path) -> None:
-    mirror.body, mirror.chunked, mirror.length = b"%x\r\n" % len(BODY) + BODY[:5000], True, -1
-    mirror.ranges = False
-    assert "broke off" in refusal(folder)
-
-
-def test_a_file_that_somebody_puts_there_meanwhile_stays(mirror: Mirror, folder: Path) -> None:
-    path = WeightLibrary([folder]).obtain(FILE, lambda received, total: (folder / FILE).write_bytes(OTHER))
-    assert path.read_bytes() == OTHER
-    assert names_in(folder) == [FILE]
-
-
-def test_a_length_short_of_the_file(mirror: Mirror, folder: Path) -> None:
-    mirror.length = 5000
-    assert "the 5,000 bytes that came are not that file" in refusal(folder)
-    assert names_in(folder) == []
-
-
-def test_a_length_beyond_the_file(mirror: Mirror, folder: Path) -> None:
-    mirror.body, mirror.length = BODY[:-100], len(BODY)
-    assert "broke off" in refusal(folder)
-    assert names_in(folder) == [f"{FILE}.part"]
-
-
-def test_a_page_instead_of_the_file(mirror: Mirror, folder: Path) -> None:
-    mirror.body = PAGE
-    assert "are not that file" in refusal(folder)
-    assert names_in(folder) == []
-
-
-@pytest.mark.parametrize("right", [True, False])
-def test_the_hash_is_checked_where_it_is_known(
-    mirror: Mirror, folder: Path, monkeypatch: pytest.MonkeyPatch, right: bool
-) -> None:
-    digest = hashlib.sha256(BODY if right else OTHER).hexdigest()
-    monkeypatch.setitem(ASSETS, FILE, weights.Asset(FILE, 2, digest))
-    if right:
-        assert obtain(folder).read_bytes() == BODY
-    else:
-        assert "are not that file" in refusal(folder)
-        assert names_in(folder) == []
-
-
-# Failures a person has to act on: each names the address, the folder, and what to do
-
-
-def assert_by_hand(message: str, folder: Path) -> None:
-    assert f"download {address_of(FILE)} by hand and put it into {folder}" in message
-
-
-@pytest.mark.parametrize("status", [401, 403, 404, 429, 500, 503])
-def test_refused_by_the_server(mirror: Mirror, folder: Path, status: int) -> None:
-    mirror.status = status
-    message = refusal(folder)
-    assert str(status) in message
-    assert_by_hand(message, folder)
-
-
-def test_offline(mirror: Mirror, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
-    message = refusal(folder)
-    assert "refused" in message
-    assert "Check the connection" in message
-    assert_by_hand(message, folder)
-
-
-@pytest.mark.parametrize("endpoint", ["hf-mirror.example", "http://[", "gopher://x", "http://host:port"])
-def test_an_endpoint_that_is_no_address(folder: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", endpoint)
-    message = refusal(folder)
-    assert "HF_ENDPOINT" in message
-    assert_by_hand(message, folder)
-
-
-def test_silence(mirror: Mirror, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "TIMEOUT", 0.05)
-    with socket.create_server(("127.0.0.1", 0)) as mute:
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{mute.getsockname()[1]}")
-        message = refusal(folder)
-    assert "timed out" in message
-    assert_by_hand(message, folder)
-
-
-def test_a_folder_that_cannot_be_made(mirror: Mirror, tmp_path: Path) -> None:
-    (tmp_path / "models").write_text("a file")
-    folder = tmp_path / "models" / "layer_model"
-    message = refusal(folder)
-    assert f"{folder} cannot be written to" in message
-    assert "--layerdiffuse-models-dir" in message
-    assert_by_hand(message, folder)
-
-
-def test_a_disk_that_is_full(mirror: Mirror, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, mode: str) -> IO[bytes]:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(Path, "open", full)
-    message = refusal(folder)
-    assert f"{folder} cannot be written to: [Errno {errno.ENOSPC}]" in message
-    assert "Make room" in message
-    assert_by_hand(message, folder)
+@pytest.mark.usefixtures("released")
+def test_the_library_compares_what_is_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / FILE).write_bytes(BODY[:-1] + b"!")
+    WeightLibrary([tmp_path]).obtain(FILE, quiet)
+    assert "other bytes than the released file" in caplog.text
 
 
 # Wholeness and reading
@@ -380,6 +198,23 @@ def test_unreadable(tmp_path: Path, name: str) -> None:
         check_whole(tmp_path / name)
 
 
+def test_a_file_that_goes_away_meanwhile(tmp_path: Path) -> None:
+    with pytest.raises(LayerDiffuseError, match=f"{FILE} cannot be read"):
+        fingerprint(tmp_path / FILE)
+    with pytest.raises(LayerDiffuseError, match=f"{FILE} cannot be read"):
+        weights.sha256_of(tmp_path / FILE, quiet)
+
+
+def test_a_file_that_cannot_be_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> Any:
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    (tmp_path / FILE).write_bytes(BODY)
+    monkeypatch.setattr(weights, "load_file", refuse)
+    with pytest.raises(LayerDiffuseError, match=f"{FILE} cannot be read"):
+        read_tensors(tmp_path / FILE)
+
+
 def test_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / FILE
     path.write_bytes(BODY)
@@ -389,6 +224,25 @@ def test_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
     [record] = caplog.records
     assert record.getMessage().startswith(f"read {FILE} (")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda x: x.to(torch.int8), "its tensor b holds int8, where floating-point numbers belong"),
+        (lambda x: x * float("nan"), "its tensor b holds NaN or infinity"),
+    ],
+)
+def test_numbers_that_cannot_be_computed_with(
+    tmp_path: Path, spoil: Callable[[torch.Tensor], torch.Tensor], said: str
+) -> None:
+    path = tmp_path / FILE
+    save_file(TENSORS | {"b": spoil(TENSORS["b"])}, path)
+    with pytest.raises(LayerDiffuseError) as caught:
+        read_tensors(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path} cannot be used: {said}. Delete it: the next run downloads it again.")
+    assert address_of(FILE) in message
 
 
 def test_a_file_whose_length_fits_but_whose_header_does_not(tmp_path: Path) -> None:
