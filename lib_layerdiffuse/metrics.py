@@ -12,7 +12,6 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.image import (
@@ -21,6 +20,7 @@ from torchmetrics.functional.image import (
 )
 
 from lib_layerdiffuse.images import compose, from_pil
+from lib_layerdiffuse.reading import read_file
 from lib_layerdiffuse.tensors import Rgb, Rgba
 
 BACKGROUNDS: Mapping[str, tuple[float, float, float]] = {
@@ -117,8 +117,7 @@ def check_some(found: Collection[object], folder: Path) -> None:
 
 
 def read(path: Path) -> Rgba:
-    with Image.open(path) as image:
-        return from_pil(image.convert("RGBA"))[None]
+    return from_pil(read_file(path).convert("RGBA"))[None]
 
 
 def compare_folders(truth: Path, result: Path, lpips: bool = False) -> dict[str, float]:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from lib_layerdiffuse.controls import IMAGE_NEEDS
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.images import Box, ResizeMode, fit, read_image
+from lib_layerdiffuse.images import Box, ResizeMode, fit
 from lib_layerdiffuse.injection import Injection
 from lib_layerdiffuse.methods import Family
+from lib_layerdiffuse.reading import REFUSALS, read_image
 from lib_layerdiffuse.request import Request
 from lib_layerdiffuse.tensors import Latent, Rgb
 
@@ -236,6 +237,8 @@ def whole(init: Image.Image) -> Image.Image:
     """A picture that img2img starts from, as RGBA. Hosts open files without reading them to their end."""
     try:
         return read_image(init).convert("RGBA")
+    except REFUSALS as error:
+        raise LayerDiffuseError(f"The picture that img2img starts from {error}") from error
     except ValueError as error:
         raise LayerDiffuseError(f"The picture that img2img starts from is damaged. Set it to {IMAGE_NEEDS}.") from error
 
