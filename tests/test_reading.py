@@ -304,7 +304,9 @@ def test_an_image_handed_in_stays_as_it_was():
     """Its file can still be read, and what is known of it is still there."""
     exif = tagged(6)
     opened = Image.open(io.BytesIO(file_of(Image.fromarray(PIXELS), exif=exif)))
+    place = opened.fp.tell()
     read_image(opened)
+    assert opened.fp.tell() == place
     assert opened.size == (3, 2) and opened.info["exif"] == exif
     assert np.array_equal(np.array(opened), PIXELS)
 
@@ -468,7 +470,7 @@ PASSED_OVER = {
     "a bomb in place of a profile": with_chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(2**26))),
     "exif with a wrong checksum": with_chunk(b"eXIf", tagged(6)[6:], broken=True),
     "exif that is junk": with_chunk(b"eXIf", b"junk"),
-    "more behind the end": PLAIN + b"junk" * 20,
+    "more behind the end": PLAIN + b"JUNK" * 20,
 }  # fmt: skip
 
 
@@ -503,6 +505,18 @@ def test_a_palette_keeps_its_alpha_beside_other_chunks():
 
 
 # --- whole files only ---
+
+def with_fewer_rows(depth: int) -> bytes:
+    file = png_of_values(of_channels(0)[0][:32, :32], 0, depth=depth)
+    return file[:16] + chunk(b"IHDR", file[16:20] + b"\0\0\0\x21" + file[24:29])[8:] + file[33:]
+
+
+@each_way
+@pytest.mark.parametrize("depth", [8, 16])
+def test_a_png_with_fewer_rows_than_it_says_is_refused(depth, read, tmp_path):
+    with pytest.raises((ValueError, LayerDiffuseError)):
+        read(with_fewer_rows(depth), tmp_path)
+
 
 CUT = {
     "PNG": file_of(Image.effect_noise((32, 32), 90)),
