@@ -33,8 +33,10 @@ from lib_layerdiffuse.api_messages import (
 from lib_layerdiffuse.controls import IMAGE_NEEDS
 from lib_layerdiffuse.downloads import Status, find_asset
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.images import TooLarge, checkerboard, from_pil, over_grey, read_image, to_pil
+from lib_layerdiffuse.images import checkerboard, from_pil, over_grey, to_pil
 from lib_layerdiffuse.methods import METHODS, Family, Method, listed, nearest, needed_files, shortened
+from lib_layerdiffuse.reading import TooLarge, read_image
+from lib_layerdiffuse.samples import Unclear
 from lib_layerdiffuse.tensors import Latent
 from lib_layerdiffuse.vae import LATENT_STRIDE
 from lib_layerdiffuse.weights import ASSETS, address_of
@@ -206,6 +208,8 @@ def needing(name: str, needs: str) -> Iterator[None]:
         yield
     except TooLarge:
         raise
+    except Unclear as error:
+        raise LayerDiffuseError(f"{name} {error}") from error
     except Exception as error:
         raise LayerDiffuseError(f"{name} cannot be read. Set it to {needs}.") from error
 

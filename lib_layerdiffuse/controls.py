@@ -10,8 +10,8 @@ from typing import Any
 from PIL import Image
 
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.images import MAX_PIXELS, TooLarge, read_image
 from lib_layerdiffuse.methods import listed, nearest, shortened
+from lib_layerdiffuse.reading import REFUSALS, read_image
 
 # One small parser per kind of control: the value, or any everyday exception for what is not one.
 
@@ -192,8 +192,8 @@ class Form:
         raw = given.get(name, row.default)
         try:
             return row.metadata["parse"](raw)
-        except TooLarge:
-            wrong = f"has more than {MAX_PIXELS:,} pixels, which is the limit. Choose a smaller image."
+        except REFUSALS as error:
+            wrong = str(error)
         except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError):  # recursion: lists in lists in …
             wrong = f"is {shortened(raw)}. Set it to {row.metadata['needs']}."
         raise LayerDiffuseError(f"{row.metadata['label']} ({name} in API calls) {wrong}")

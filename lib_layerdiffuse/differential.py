@@ -5,7 +5,7 @@ Levin and Fried, arXiv 2306.00950. White is change here, as in inpaint masks; in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -21,6 +21,7 @@ from lib_layerdiffuse.methods import listed
 
 TITLE = "Differential Diffusion"
 HALF_A_LEVEL = 0.5 / 255  # of the 256 that a map has
+WORTH_A_NOTE = 0.1  # of what is not black in a map
 STRIP = 12  # pixels of height that the default font of Pillow needs, with a margin
 
 
@@ -72,8 +73,13 @@ def _alpha(curve: Callable[[np.ndarray], np.ndarray]) -> Callable[[Given], Image
 def _fan(given: Given) -> Image.Image:
     """Columns from the weakest change to the full one."""
     column = np.arange(given.init.width) * given.columns // given.init.width
-    values = np.ceil(255 * (column + 1) / given.columns).astype(np.uint8)
+    values = fan_values(given.columns)[column]
     return Image.fromarray(np.broadcast_to(values, (given.init.height, given.init.width)).copy())
+
+
+def fan_values(columns: int) -> np.ndarray:
+    """The map's value in each column, up to white."""
+    return np.ceil(255 * np.arange(1, columns + 1) / columns).astype(np.uint8)
 
 
 UPLOAD, MASK, FAN = "Uploaded map", "Inpaint mask", "Strength fan"
@@ -187,9 +193,31 @@ class Change:
         """Whether its columns are there to choose a strength by."""
         return self.source == FAN
 
-    def strengths(self, denoising_strength: float) -> list[float]:
-        """Of each column of a strength fan."""
-        return [denoising_strength * (column + 1) / self.columns for column in range(self.columns)]
+    def strengths(self, denoising_strength: float, steps: int) -> list[float]:
+        """That each column of a strength fan really has: there is one for each step, and none."""
+        free = free_steps_of_values(steps)
+        return [denoising_strength * free[value] / steps for value in fan_values(self.columns)]
+
+    def notes(self, change: Image.Image, steps: int) -> Iterator[str]:
+        """Sentences about what so many steps of sampling cannot tell apart in the map."""
+        free = free_steps_of_values(steps)
+        remedy = "More steps or a higher denoising strength make it finer."
+        if self.fans:
+            results = {free[value] for value in fan_values(self.columns)}
+            if len(results) < self.columns:
+                yield (
+                    f"{TITLE}: {steps} steps of sampling make {len(results)} different results of {self.columns} "
+                    f"columns; those with the same number are alike. {remedy}"
+                )
+        elif self.source == UPLOAD:
+            counts = change.histogram()[1:]
+            kept = sum(count for count, steps_free in zip(counts, free[1:]) if not steps_free)
+            if kept > WORTH_A_NOTE * sum(counts):
+                darkest = next(value for value, steps_free in enumerate(free) if steps_free)
+                yield (
+                    f"{TITLE}: in {steps} steps of sampling nothing changes where the map is darker than {darkest} of "
+                    f"255, which is {kept / sum(counts):.0%} of what is not black in it. {remedy}"
+                )
 
 
 def on_black(upload: Image.Image) -> Image.Image:
@@ -234,6 +262,28 @@ def released(change: Tensor, sigmas: Sequence[float], sigma: float) -> Tensor:
     one step more.
     """
     return (change > 0) & (change >= remaining(sigmas, sigma) - HALF_A_LEVEL)
+
+
+def free_steps(change: Tensor, steps: int) -> Tensor:
+    """In how many of the steps the values of a map may change; 0 where they never do."""
+    schedule = [1 - done / steps for done in range(steps + 1)]
+    return torch.stack([released(change, schedule, sigma) for sigma in schedule[:-1]]).sum(dim=0)
+
+
+def free_steps_of_values(steps: int) -> list[int]:
+    """The same of each of the 256 values that a map has."""
+    return free_steps(torch.arange(256) / 255, steps).tolist()
+
+
+def check_changes(change: Tensor, steps: int) -> None:
+    """Raises LayerDiffuseError where a map [B, 1, H/8, W/8] is so dark that a picture would stay as it is."""
+    brightest = change.flatten(1).amax(dim=1).min()
+    if not free_steps(brightest, steps):
+        raise LayerDiffuseError(
+            f"The change map is too dark: nothing would change. With {steps} steps of sampling, its brightest part has "
+            f"to be {1 / steps:.2f} of white, and is {brightest:.2f}. Choose a brighter map, more steps or a higher "
+            "denoising strength."
+        )
 
 
 def labelled(picture: Image.Image, texts: Sequence[str]) -> Image.Image:

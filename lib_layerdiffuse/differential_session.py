@@ -8,7 +8,16 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from lib_layerdiffuse.differential import TITLE, Change, labelled, map_tensor, overlay_mask, released, union
+from lib_layerdiffuse.differential import (
+    TITLE,
+    Change,
+    check_changes,
+    labelled,
+    map_tensor,
+    overlay_mask,
+    released,
+    union,
+)
 from lib_layerdiffuse.hosts.base import Host, check_mask, seen, whole
 from lib_layerdiffuse.images import ResizeMode, fit
 from lib_layerdiffuse.outputs import is_marked, on_checkerboard
@@ -24,17 +33,21 @@ class ChangeSession:
         self.change = change
         mask = host.mask(p)
         self.maps = [change.map(whole(image), mask) for image in host.init_images(p)]
-        self.masks = [overlay_mask(each, host.steps(p)) for each in self.maps]
+        self.steps = host.steps(p)
+        self.masks = [overlay_mask(each, self.steps) for each in self.maps]
         host.set_mask(p, union(self.masks))
         check_mask(host, p)
         if refiner := host.refiner(p):
             host.note(p, f"{TITLE} ends where the refiner takes over: {refiner}.")
+        for note in dict.fromkeys(note for each in self.maps for note in change.notes(each, self.steps)):
+            host.note(p, note)
 
     def before_sampling(self, p: Any) -> None:
         """For each batch."""
 
         def held(x: Latent, noise: Latent) -> AbstractContextManager[None]:
             change = map_tensor([seen(self.host, p, each).convert("L") for each in self.maps], *x.shape[2:])
+            check_changes(change, self.steps)
             return self.host.hold(p, x, noise, partial(released, change))
 
         self.host.around_sampling(p, "differential", held, lambda latent: None)
@@ -53,7 +66,7 @@ class ChangeSession:
         """Show and save a strength fan once more, with the strengths under its columns."""
         self.host.restore_mask(p)
         if self.change.fans:
-            texts = [f"{strength:.2f}" for strength in self.change.strengths(p.denoising_strength)]
+            texts = [f"{strength:.2f}" for strength in self.change.strengths(p.denoising_strength, self.steps)]
             for index, image in enumerate(self.host.pictures(processed)):
                 opaque = on_checkerboard(image) if is_marked(image) and image.mode == "RGBA" else image.convert("RGB")
                 self.host.save_extra(p, processed, index, labelled(opaque, texts), "strengths")

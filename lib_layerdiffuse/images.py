@@ -1,18 +1,16 @@
 """What is done to pictures: colour under transparency, checkerboard, compositing; PIL at the end, as the rim."""
 
-import base64
 import hashlib
-import io
-import string
 from enum import Enum
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops
 from torch import Tensor
 from torch.nn import functional as F
 
+from lib_layerdiffuse.reading import can_be_transparent
 from lib_layerdiffuse.tensors import Argb, Rgb, Rgba
 
 PYRAMID_RATIO = 1.2  # from one level to the next; the released encoders were trained with it
@@ -20,8 +18,8 @@ SMALLEST_ALPHA = 1e-8  # keeps the colour of what is empty defined (black)
 
 Box: TypeAlias = tuple[int, int, int, int]  # left, upper, right and lower edge, in pixels
 
-MAX_PIXELS = 100_000_000  # of an image sent: a small file may hold more than fits into memory
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # of images sent; others make Pillow start programs
+# Of a mask with transparency: from which alpha on its colours count, and how far apart those of a drawing are.
+SEEN, DIFFERENT = 16, 127
 
 GREY = torch.tensor(0.5)  # what transparent latents have behind them
 
@@ -130,6 +128,18 @@ def blended(before: Image.Image, after: Image.Image, mask: Image.Image) -> Image
     return to_pil(torch.where(weight == 0, pixels[0], torch.where(weight == 1, pixels[1], mixed)))
 
 
+def as_mask(image: Image.Image) -> Image.Image:
+    """A mask of any mode as L: how white it is over black, half where its alpha is; or, of one colour, its alpha."""
+    rgba = image.convert("RGBA")
+    white, alpha = rgba.convert("L"), rgba.getchannel("A")
+    if alpha.getextrema() == (255, 255):
+        return white
+    pixels = np.asarray(rgba)
+    seen = pixels[pixels[..., 3] >= SEEN, :3]
+    drawn = seen.size and not np.ptp(seen, axis=1).any() and np.ptp(seen) > DIFFERENT
+    return ImageChops.multiply(white, alpha) if drawn else alpha
+
+
 def to_pil(picture: Tensor) -> Image.Image:
     """[3 or 4, H, W], clipped to [0, 1] -> an RGB or RGBA image, to the nearest of its 256 values."""
     values = (picture.float().clamp(0, 1) * 255).round().to(torch.uint8)
@@ -142,47 +152,10 @@ def from_pil(image: Image.Image) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 
-def can_be_transparent(image: Image.Image) -> bool:
-    return image.getbands()[-1] in "Aa" or "transparency" in image.info
-
-
 def content_hash(image: Image.Image) -> str:
     """Ten digits that are the same for the same pixels, whatever file they came in."""
     rgba = image.convert("RGBA")
     return hashlib.sha256(f"{rgba.width}x{rgba.height}".encode() + rgba.tobytes()).hexdigest()[:10]
-
-
-class TooLarge(ValueError):
-    """An image of more pixels than allowed."""
-
-
-def read_image(raw: Any, most: int = MAX_PIXELS) -> Image.Image:
-    """An image from what panels and API calls send: an array [H, W, 3 or 4] of bytes, a PIL image, base64, a data URL.
-
-    Of an animation, the first picture. Raises TooLarge for a file that holds more than `most` pixels, before they are
-    decoded; any other ValueError where it is none of these, or not whole.
-    """
-    try:
-        image = raw if isinstance(raw, Image.Image) else _image_from(raw, most)
-        if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off instead of scaling
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-        image.resize((1, 1))  # loads it, and fails where there is nothing
-        return ImageOps.exif_transpose(image)  # a photo may lie on its side
-    except (TooLarge, Image.DecompressionBombError) as error:  # Pillow has a limit too
-        raise TooLarge from error
-    except Exception as error:  # Pillow has many for damaged files: SyntaxError, struct.error …
-        raise ValueError("not an image") from error
-
-
-def _image_from(raw: Any, most: int) -> Image.Image:
-    if isinstance(raw, np.ndarray):
-        return Image.fromarray(raw)
-    data = raw.partition(",")[2] if raw.startswith("data:") else raw
-    file = base64.b64decode(data.encode().translate(None, string.whitespace.encode()), validate=True)
-    image = Image.open(io.BytesIO(file), formats=FORMATS)
-    if image.width * image.height > most:
-        raise TooLarge
-    return image
 
 
 class ResizeMode(str, Enum):

@@ -125,6 +125,29 @@ def pad_to_multiple(picture: Tensor, multiple: int) -> Tensor:
     return F.pad(picture, (0, -width % multiple, 0, -height % multiple), mode="replicate")
 
 
+VAE_FLAGS, ALL_FLAGS = "--vae-in-fp32", "--all-in-fp32"  # Forge's, by which numbers have room enough
+
+
+def check_finite(values: Tensor, what: str, flags: str) -> None:
+    """Raises LayerDiffuseError where some are no numbers, or infinite: they would make a picture of nothing."""
+    if not values.isfinite().all():
+        raise LayerDiffuseError(
+            f"{what} has values that are no numbers, or are infinite, as when half precision overflows. Start the web "
+            f"UI with {flags} (without one: --device cpu). If that changes nothing, the weights behind it are damaged."
+        )
+
+
+def check_painted(rgb: Rgb, latent: Latent) -> None:
+    """Raises LayerDiffuseError where a picture and its latent are of no use."""
+    check_finite(latent, "The latent", f"--unet-in-bf16 or {ALL_FLAGS}")
+    check_finite(rgb, "The picture that the VAE made", VAE_FLAGS)
+
+
+def check_encoded(mean: Latent) -> None:
+    """The same for what the VAE made of a picture."""
+    check_finite(mean, "The latent that the VAE made", VAE_FLAGS)
+
+
 def median(answers: Tensor) -> Rgba:
     """Of each value of Argb, [passes, B, 4, H, W], the lower one where there are two."""
     middle = answers.amin(dim=0) if len(answers) <= 2 else answers.median(dim=0).values
@@ -151,7 +174,10 @@ class TransparentVAE:
         if passes not in PASSES:
             raise ValueError(f"passes is {passes}, expected one of {PASSES}")
         check_sizes(rgb, latent)
-        return median(self._answers(rgb, latent, ORIENTATIONS[:passes], on_pass)).to(rgb.device)
+        check_painted(rgb, latent)
+        rgba = median(self._answers(rgb, latent, ORIENTATIONS[:passes], on_pass))
+        check_finite(rgba, "The answer of the transparent decoder", ALL_FLAGS)
+        return rgba.clamp_(0, 1).to(rgb.device)
 
     def _answers(
         self,
@@ -172,7 +198,7 @@ class TransparentVAE:
         for group in in_groups(orientations, height == width, max(1, network.at_once // batch)):
             raw = network(*(torch.cat([each.apply(x) for each in group]) for x in (pixels, cells)))
             for orientation, answer in zip(group, raw.chunk(len(group))):
-                torch.clamp(orientation.undo(answer)[..., :height, :width].float(), 0, 1, out=answers[done])
+                answers[done].copy_(orientation.undo(answer)[..., :height, :width])
                 done += 1
                 if on_pass is not None and not on_pass(done, len(orientations)):
                     return answers[:done]
@@ -202,4 +228,5 @@ class TransparentVAE:
             raise LayerDiffuseError("The picture's transparency cannot be encoded: the transparent encoder is missing.")
         argb = padded_argb(rgba)
         offset = InParts(self.encoder, len(rgba))(argb.to(next(self.encoder.parameters(), rgba)))
+        check_finite(offset, "The answer of the transparent encoder", ALL_FLAGS)
         return offset.float().to(rgba.device) * OFFSET_SCALE

@@ -24,6 +24,7 @@ from lib_layerdiffuse.differential import (
     UPLOAD,
     Change,
     Controls,
+    check_changes,
     labelled,
     map_tensor,
     on_black,
@@ -610,11 +611,76 @@ def test_a_column_of_a_fan_starts_with_the_step_of_its_strength(columns, schedul
 
 
 @pytest.mark.parametrize(
-    ("columns", "strength", "expected"),
-    [(2, 1, [0.5, 1]), (5, 0.75, [0.15, 0.3, 0.45, 0.6, 0.75]), (4, 0.5, [0.125, 0.25, 0.375, 0.5])],
+    ("columns", "strength", "steps", "expected"),
+    [
+        (2, 1, 2, [0.5, 1]),
+        (5, 0.75, 20, [0.15, 0.3, 0.45, 0.6, 0.75]),
+        (4, 0.5, 2, [0, 0.25, 0.25, 0.5]),
+        (3, 0.9, 1, [0, 0, 0.9]),
+        (16, 0.5, 5, [0] * 3 + [0.1] * 3 + [0.2] * 3 + [0.3] * 3 + [0.4] * 3 + [0.5]),
+    ],
 )
-def test_strengths_of_a_fan_end_with_the_one_of_the_job(columns, strength, expected):
-    assert change_of(FAN, columns=columns).strengths(strength) == pytest.approx(expected)
+def test_strengths_of_a_fan_are_those_that_so_many_steps_make(columns, strength, steps, expected):
+    assert change_of(FAN, columns=columns).strengths(strength, steps) == pytest.approx(expected)
+
+
+@SCHEDULES
+@pytest.mark.parametrize("columns", [2, 5, 16])
+@pytest.mark.parametrize("steps", [1, 4, 7, 20, 50])
+def test_the_strength_of_a_column_is_the_share_of_steps_that_change_it(steps, columns, schedule):
+    values = np.unique(values_of(FAN, Image.new("RGB", (64, 1)), columns=columns))
+    changed = [steps - first for first in first_steps(values, schedule(steps))]
+    assert change_of(FAN, columns=columns).strengths(1, steps) == pytest.approx([each / steps for each in changed])
+
+
+@pytest.mark.parametrize(
+    ("columns", "steps", "different"), [(16, 5, 6), (5, 3, 4), (3, 1, 2), (5, 4, 0), (2, 1, 0), (5, 20, 0), (16, 16, 0)]
+)
+def test_columns_of_a_fan_that_are_alike_are_noted(columns, steps, different):
+    change = change_of(FAN, columns=columns)
+    found = list(change.notes(change.map(Image.new("RGB", (64, 8)), None), steps))
+    said = f"{steps} steps of sampling make {different} different results of {columns} columns"
+    assert [said in note for note in found] == [True] * (different > 0)
+
+
+@pytest.mark.parametrize(
+    ("level", "steps", "darkest"), [(13, 20, 0), (12, 20, 13), (40, 5, 51), (50, 5, 51), (51, 5, 0), (1, 255, 0)]
+)
+def test_greys_of_an_uploaded_map_that_never_change_are_noted(level, steps, darkest):
+    upload = half_white(16, 16)
+    upload.paste(level, (8, 0, 16, 12))
+    change = change_of(UPLOAD, upload=upload)
+    found = list(change.notes(change.map(Image.new("RGB", (16, 16)), None), steps))
+    said = [f"darker than {darkest} of 255, which is 43% of what is not black" in note for note in found]
+    assert said == [True] * (darkest > 0), found
+
+
+@pytest.mark.parametrize("source", [source for source in SOURCES if source not in (UPLOAD, FAN)])
+def test_what_fades_out_by_itself_is_not_noted(source):
+    change = change_of(source, softness=64)
+    assert not list(change.notes(change.map(disc(), half_white(*disc().size)), 5))
+
+
+@pytest.mark.parametrize(
+    ("levels", "steps", "refused"),
+    [
+        ([127], 1, True),
+        ([255], 1, False),
+        ([30], 5, True),
+        ([51], 5, False),
+        ([255, 30], 5, True),
+        ([255, 60], 5, False),
+    ],
+)
+def test_a_map_that_is_too_dark_for_its_steps_is_refused(levels, steps, refused):
+    change = map_tensor([grey(np.full((8, 8), level)) for level in levels], 1, 1)
+    if not refused:
+        check_changes(change, steps)
+        return
+    with pytest.raises(
+        LayerDiffuseError, match=f"With {steps} steps .* be {1 / steps:.2f} .* is {min(levels) / 255:.2f}"
+    ):
+        check_changes(change, steps)
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -841,7 +907,7 @@ LABELLED = pytest.mark.parametrize(
 
 
 def strengths(columns):
-    return [f"{strength:.2f}" for strength in change_of(FAN, columns=columns).strengths(0.75)]
+    return [f"{strength:.2f}" for strength in change_of(FAN, columns=columns).strengths(0.75, 100)]
 
 
 @LABELLED

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from lib_layerdiffuse.differential import Change
+from lib_layerdiffuse.differential import Change, labelled
 from lib_layerdiffuse.differential_session import ChangeSession
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.images import ResizeMode
@@ -23,6 +23,7 @@ class SmallHost:
         self.inits, self.given_mask, self.mode, self.box, self.picture_size = inits, given_mask, mode, region, size
         self.notes, self.extras, self.held = [], [], []
         self.takes_over = None
+        self.sampled_steps = 4
 
     def init_images(self, p):
         return self.inits
@@ -43,7 +44,7 @@ class SmallHost:
         return self.mode
 
     def steps(self, p):
-        return 4
+        return self.sampled_steps
 
     def size(self, p):
         return self.picture_size
@@ -162,6 +163,25 @@ def test_a_refiner_is_noted():
     host.takes_over = "refiner at 0.8 of the steps"
     ChangeSession(host, None, change(map_image=half(32)))
     assert host.notes == ["Differential Diffusion ends where the refiner takes over: refiner at 0.8 of the steps."]
+
+
+def test_what_the_steps_cannot_tell_apart_is_noted_once():
+    host = SmallHost([Image.new("RGB", SIZE)] * 2)
+    host.sampled_steps = 3
+    session = ChangeSession(host, None, change(source="Strength fan", columns=5))
+    assert len(host.notes) == 1 and "3 steps of sampling make 4 different results of 5 columns" in host.notes[0]
+    session.finish(SimpleNamespace(denoising_strength=0.9), SimpleNamespace(images=[Image.new("RGB", (400, 9))]))
+    [(_, shown, _)] = host.extras
+    assert shown == labelled(Image.new("RGB", (400, 9)), ["0.00", "0.30", "0.30", "0.60", "0.90"])
+
+
+def test_a_map_of_which_no_cell_changes_is_refused_when_it_is_sampled():
+    """A spot that is white, but small."""
+    spot = Image.new("L", SIZE)
+    spot.paste(255, (0, 0, 2, 2))
+    host = SmallHost([Image.new("RGB", SIZE)])
+    with pytest.raises(LayerDiffuseError, match=r"too dark.*With 4 steps .* to be 0\.25 of white, and is 0\.06"):
+        ChangeSession(host, None, change(map_image=spot)).before_sampling(None)
 
 
 def test_latents_that_are_enlarged_are_refused():

@@ -1,9 +1,5 @@
 """Picture maths: against OpenCV where it has the same operation, else by what must hold for every picture."""
 
-import base64
-import io
-from contextlib import suppress
-
 import cv2
 import numpy as np
 import pytest
@@ -14,6 +10,7 @@ from PIL import Image
 
 from lib_layerdiffuse.images import (
     ResizeMode,
+    as_mask,
     blended,
     checkerboard,
     compose,
@@ -25,7 +22,6 @@ from lib_layerdiffuse.images import (
     over,
     over_grey,
     pad_colors,
-    read_image,
     shrink,
     spread,
     to_pil,
@@ -327,6 +323,38 @@ def test_blended_never_shows_a_hidden_colour():
         assert (pixels[alphas > 0, :3] == (255, 0, 0)).all()
 
 
+BLACK, WHITE, RED_MASK = (0, 0, 0), (255, 255, 255), (200, 30, 30)
+MASKS = {  # colour and alpha of the left and the right half -> what is masked
+    "black and white": ((*BLACK, 255), (*WHITE, 255), (0, 255)),
+    "grey": ((*BLACK, 255), (128, 128, 128, 255), (0, 128)),
+    "white, half there, on black": ((*BLACK, 255), (*WHITE, 128), (0, 128)),
+    "white, hardly there, on black": ((*BLACK, 255), (*WHITE, 60), (0, 60)),
+    "black, half there, on white": ((*WHITE, 255), (*BLACK, 128), (255, 0)),
+    "white on nothing": ((*WHITE, 0), (*WHITE, 255), (0, 255)),
+    "white, half there, on nothing": ((*BLACK, 0), (*WHITE, 128), (0, 128)),
+    "black on nothing": ((*WHITE, 0), (*BLACK, 255), (0, 255)),
+    "black, half there, on nothing": ((*WHITE, 0), (*BLACK, 128), (0, 128)),
+    "a colour on nothing": ((*WHITE, 0), (*RED_MASK, 200), (0, 200)),
+    "a colour on another": ((*WHITE, 100), (*RED_MASK, 200), (100, 200)),
+    "nothing": ((*WHITE, 0), (*BLACK, 0), (0, 0)),
+    "soft black beside a trace of white": ((*BLACK, 200), (*WHITE, 3), (200, 3)),
+}
+
+
+@pytest.mark.parametrize(("left", "right", "masked"), MASKS.values(), ids=MASKS)
+def test_a_mask_is_white_as_far_as_it_is_there(left, right, masked):
+    mask = as_mask(Image.fromarray(np.array([[left, right]], np.uint8)))
+    assert mask.mode == "L"
+    assert tuple(mask.getpixel((x, 0)) for x in (0, 1)) == masked
+
+
+@pytest.mark.parametrize(
+    ("mode", "value", "masked"), [("L", 77, 77), ("LA", (255, 77), 77), ("1", 1, 255), ("P", 0, 0)]
+)
+def test_a_mask_may_be_of_any_mode(mode, value, masked):
+    assert as_mask(Image.new(mode, (2, 2), value)).getcolors() == [(4, masked)]
+
+
 MODES = list(ResizeMode)
 BANDS = np.array([[200, 0, 0], [0, 150, 0], [0, 0, 100], [90, 90, 90]], np.uint8)
 
@@ -438,92 +466,6 @@ def test_fit_keeps_the_color_of_a_subject_to_its_edge(mode):
     seen = pixels[pixels[..., 3] > 0]
     assert len(np.unique(seen[:, 3])) > 2
     assert (seen[:, :3] == (255, 0, 0)).all()
-
-
-PIXELS = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3) * 10
-
-# What the camera wrote (Exif 2.32, 4.6.4) -> what is to be seen; the number says which side row 0 and column 0 are.
-UPRIGHT = {
-    1: PIXELS,
-    2: PIXELS[:, ::-1],
-    3: PIXELS[::-1, ::-1],
-    4: PIXELS[::-1],
-    5: PIXELS.swapaxes(0, 1),
-    6: PIXELS[::-1].swapaxes(0, 1),
-    7: PIXELS[::-1, ::-1].swapaxes(0, 1),
-    8: PIXELS[:, ::-1].swapaxes(0, 1),
-}
-
-
-def tagged(orientation: int) -> bytes:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    exif[0x010E] = "a photo"
-    return exif.tobytes()
-
-
-def file_of(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def in_base64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
-
-
-@pytest.mark.parametrize(("orientation", "expected"), UPRIGHT.items())
-def test_read_image_puts_a_photo_upright(orientation, expected):
-    file = file_of(Image.fromarray(PIXELS), exif=tagged(orientation))
-    for raw in (in_base64(file), Image.open(io.BytesIO(file))):
-        image = read_image(raw)
-        assert np.array_equal(np.array(image), expected)
-        assert np.array_equal(np.array(read_image(image)), expected)  # not once more
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-@pytest.mark.parametrize(
-    ("exif", "size"),
-    [
-        (tagged(6).replace(b"\x01\x0e", b"\x01\x00"), (2, 3)),  # the text becomes a number that is none
-        (b"Exif\0\0garbage", (3, 2)),
-    ],
-    ids=["wrong type", "garbage"],
-)
-def test_read_image_takes_a_photo_with_damaged_exif_or_says_that_it_is_none(exif, size, kind):
-    with suppress(ValueError):
-        assert read_image(in_base64(file_of(Image.fromarray(PIXELS), kind, exif=exif))).size == size
-
-
-@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "TIFF"])
-def test_read_image_takes_files_of_any_kind(kind):
-    options = {"lossless": True} if kind == "WEBP" else {}
-    image = read_image(in_base64(file_of(Image.new("RGB", (3, 2), (255, 0, 0)), kind, **options)))
-    assert image.convert("RGB").getcolors() == [(6, (255, 0, 0))]
-
-
-@pytest.mark.parametrize(
-    "raw",
-    [
-        "no image",
-        "",
-        "data:image/png;base64,",
-        "data:image/png",
-        in_base64(b"no image"),
-        in_base64(file_of(Image.fromarray(PIXELS)))[:-60],
-        b"bytes",
-        7,
-        None,
-        [[0, 0, 0]],
-        {"image": "iVBOR"},
-        np.zeros((2, 3, 4), np.float32),
-        np.zeros((2, 3, 5), np.uint8),
-    ],
-    ids=repr,
-)
-def test_read_image_has_one_exception_for_what_is_none(raw):
-    with pytest.raises(ValueError, match="not an image"):
-        read_image(raw)
 
 
 def test_a_content_hash_is_that_of_the_pixels():

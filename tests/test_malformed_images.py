@@ -11,8 +11,9 @@ from lib_layerdiffuse.controls import IMAGE_NEEDS
 from lib_layerdiffuse.differential import Change
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.hosts.base import whole
-from lib_layerdiffuse.images import MAX_PIXELS, ResizeMode, TooLarge, fit, from_pil, read_image
+from lib_layerdiffuse.images import ResizeMode, fit, from_pil
 from lib_layerdiffuse.methods import shortened
+from lib_layerdiffuse.reading import MAX_PIXELS, TooLarge, read_image
 from lib_layerdiffuse.request import Request
 from tests.odd_files import NO_PICTURES, RARE, RED, bomb, file_of, in_base64, png_of, sent
 

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from lib_layerdiffuse.methods import METHODS, Layer, Method, find_method
 from lib_layerdiffuse.notes import alpha_note, notes, sampler_for
 from lib_layerdiffuse.request import Request
+from training.scenes import scene, to_image
 
 SIZE = (8, 6)
 DPM = "DPM++ 2M SDE"
@@ -134,7 +135,10 @@ def with_alphas(*parts: tuple[int, int]) -> Image.Image:
     [
         (((255, 10000),), "opaque"),
         (((240, 9950), (0, 50)), "opaque"),
-        (((255, 9800), (0, 200)), None),
+        (((255, 9800), (0, 200)), "with a background: 98% of it is opaque"),
+        (((255, 9100), (0, 900)), "with a background: 91% of it is opaque"),
+        (((220, 9800), (0, 200)), "with a background: 0% of it is opaque, and its border to 71%"),
+        (((255, 5000), (0, 5000)), None),
         (((128, 10000),), None),
         (((0, 9800), (255, 200)), None),
         (((10, 9950), (255, 50)), "empty"),
@@ -146,3 +150,20 @@ def test_pictures_without_a_subject_or_without_transparency_are_noted(
 ) -> None:
     note = alpha_note(with_alphas(*parts))
     assert note is None if said is None else note and f"came out {said}" in note and "plain grey background" in note
+
+
+@pytest.mark.parametrize("index", range(60))
+def test_a_subject_alone_is_not_noted_and_one_that_is_a_hole_in_its_background_is(index: int) -> None:
+    alone = to_image(scene(index).rgba)
+    hole = alone.copy()
+    hole.putalpha(ImageOps.invert(alone.getchannel("A")))
+    assert alpha_note(alone) is None
+    assert "with a background" in (alpha_note(hole) or "")
+
+
+@pytest.mark.parametrize("size", [(4, 4), (40, 700), (700, 40)])
+@pytest.mark.parametrize(("alpha", "noted"), [(255, True), (128, False)])
+def test_a_frame_counts_at_any_size(alpha: int, noted: bool, size: tuple[int, int]) -> None:
+    picture = Image.new("RGBA", size, (0, 0, 0, alpha))
+    picture.paste((0, 0, 0, 0), (size[0] // 4, size[1] // 4, size[0] - size[0] // 4, size[1] - size[1] // 4))
+    assert bool(alpha_note(picture)) is noted

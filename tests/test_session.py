@@ -112,6 +112,9 @@ class SmallHost:
     def mask(self, p):
         return getattr(p, "mask", None)
 
+    def flatten_mask(self, p):
+        p.flat_mask = self.mask(p)
+
     def only_masked(self, p):
         return p.region is not None
 
@@ -289,6 +292,25 @@ def test_out_of_memory_moves_on_to_a_roomier_place(failures, succeeds):
     else:
         with pytest.raises(LayerDiffuseError, match="Not enough memory for a picture of 16x16"):
             work.decode_batch(p, pixels(1))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_latent_of_no_numbers_ends_the_job_instead_of_in_a_picture(value):
+    work = session(SmallHost())
+    p = job([torch.full((1, 4, 2, 2), value)])
+    work.before_sampling(p)
+    with pytest.raises(LayerDiffuseError, match="latent has values that are no numbers"):
+        work.decode_batch(p, pixels(1))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda host: starting(host, [random_image()]), lambda host: layers(host, "xl_bg2ble")]
+)
+def test_a_vae_that_answers_with_no_numbers_ends_the_job_before_it_samples(make):
+    host = SmallHost()
+    host.posterior = lambda p, rgb: (torch.full((1, 4, 2, 2), float("nan")), torch.zeros(1, 4, 2, 2))
+    with pytest.raises(LayerDiffuseError, match="latent that the VAE made has values that are no"):
+        make(host).before_sampling(job([torch.zeros(1, 4, 2, 2)]))
 
 
 def test_other_errors_of_the_decoder_are_not_taken_for_memory():
@@ -660,6 +682,13 @@ def test_one_picture_repeated_is_encoded_once(workshop):
     [start] = workshop.host.starts
     assert_starts(start, [image] * 3)
     assert workshop.host.encoded == 1
+
+
+def test_the_host_takes_the_mask_for_what_is_seen_of_it(workshop):
+    p = job([torch.zeros(1, 4, 2, 2)], range(1), [random_image()])
+    p.mask = Image.new("RGBA", (16, 16))
+    opened(workshop, p)
+    assert p.flat_mask is p.mask
 
 
 def test_different_pictures_are_encoded_each(workshop):

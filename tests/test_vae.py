@@ -271,3 +271,33 @@ def test_encode_refuses_sizes_that_eight_does_not_divide(decoder, encoder):
 def test_encode_needs_an_encoder(decoder):
     with pytest.raises(LayerDiffuseError, match="encoder is missing"):
         TransparentVAE(decoder).encode(torch.rand(1, 4, 40, 40))
+
+
+NO_NUMBERS = pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+
+
+@NO_NUMBERS
+@pytest.mark.parametrize(("wrong", "flag"), [(0, "--vae-in-fp32"), (1, "--unet-in-bf16")], ids=["picture", "latent"])
+def test_an_input_with_a_value_that_is_no_number_is_refused(decoder, wrong, flag, value):
+    given = random_input(64, 64)
+    given[wrong][0, 1, 3, 5] = value
+    with pytest.raises(LayerDiffuseError, match=f"no numbers, or are infinite.*{flag}"):
+        TransparentVAE(decoder).decode(*given, passes=1)
+
+
+@NO_NUMBERS
+@pytest.mark.parametrize("passes", [1, 8])
+def test_a_decoder_that_answers_with_a_value_that_is_no_number_is_refused(value, passes):
+    broken = TransparentDecoder.from_state_dict(random_state_dict(ReferenceDecoder(layers=1)))
+    broken.conv_out.bias.data[0] = value
+    with pytest.raises(LayerDiffuseError, match=r"transparent decoder has values that are no numbers.*--all-in-fp32"):
+        TransparentVAE(broken).decode(*random_input(64, 64), passes=passes)
+
+
+@NO_NUMBERS
+def test_an_encoder_that_answers_with_a_value_that_is_no_number_is_refused(decoder, value):
+    state_dict = random_state_dict(reference_encoder(), prefix="blocks.")
+    state_dict[max(key for key in state_dict if key.endswith("bias"))][0] = value
+    broken = TransparentEncoder.from_state_dict(state_dict)
+    with pytest.raises(LayerDiffuseError, match=r"transparent encoder has values that are no numbers.*--all-in-fp32"):
+        TransparentVAE(decoder, broken).encode(torch.rand(1, 4, 64, 64))

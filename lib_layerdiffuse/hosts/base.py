@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from lib_layerdiffuse.controls import IMAGE_NEEDS
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.images import Box, ResizeMode, fit, read_image
+from lib_layerdiffuse.images import Box, ResizeMode, fit
 from lib_layerdiffuse.injection import Injection
 from lib_layerdiffuse.methods import Family
+from lib_layerdiffuse.reading import REFUSALS, read_image
 from lib_layerdiffuse.request import Request
 from lib_layerdiffuse.scripted import ScriptRun
 from lib_layerdiffuse.tensors import Latent, Rgb
@@ -148,6 +149,9 @@ class Host(Protocol):
     def mask(self, p: Any) -> Image.Image | None:
         """The inpaint mask: mode L, 255 where the picture is painted over, not blurred yet."""
 
+    def flatten_mask(self, p: Any) -> None:
+        """Have the job inpaint with its mask as `mask` reads it: hosts may take the alpha of it for all of it."""
+
     def set_mask(self, p: Any, mask: Image.Image) -> None:
         """Have the job inpaint with this mask (mode L) as it is, soft edges and all.
 
@@ -258,6 +262,8 @@ def whole(init: Image.Image) -> Image.Image:
     """A picture that img2img starts from, as RGBA. Hosts open files without reading them to their end."""
     try:
         return read_image(init).convert("RGBA")
+    except REFUSALS as error:
+        raise LayerDiffuseError(f"The picture that img2img starts from {error}") from error
     except ValueError as error:
         raise LayerDiffuseError(f"The picture that img2img starts from is damaged. Set it to {IMAGE_NEEDS}.") from error
 
