@@ -1,6 +1,5 @@
 """The extension's own HTTP routes, on the web UI's server; the docstrings of `Routes` are their documentation there."""
 
-import base64
 import io
 import re
 from collections import Counter
@@ -14,8 +13,9 @@ from PIL import Image, ImageColor
 from safetensors.torch import load, save
 from starlette.routing import Match
 
-from lib_layerdiffuse.api_guards import BasicAuth, route_class
+from lib_layerdiffuse.api_guards import AnswerInPieces, BasicAuth, Client, route_class
 from lib_layerdiffuse.api_messages import (
+    MAX_LAYERS,
     MAX_PIXELS,
     CheckpointAnswer,
     ComposeBody,
@@ -32,6 +32,7 @@ from lib_layerdiffuse.api_messages import (
 )
 from lib_layerdiffuse.controls import IMAGE_NEEDS
 from lib_layerdiffuse.downloads import Status, find_asset
+from lib_layerdiffuse.encoding import decoded, encoded
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.images import checkerboard, from_pil, over_grey, to_pil
 from lib_layerdiffuse.methods import METHODS, Family, Method, listed, nearest, needed_files, shortened
@@ -45,7 +46,6 @@ from lib_layerdiffuse.workshop import Workshop
 PREFIX = "/layerdiffuse/v1"
 TITLE = "LayerDiffuse"
 
-MAX_LAYERS = 32  # of one composition
 LATENT_CHANNELS = 4
 
 LATENT_NEEDS = "a safetensors file with one tensor, in base64"
@@ -110,7 +110,7 @@ class Routes:
         """End the download of a weight file, also one that a job waits for. What has come is kept for the next time."""
         return weight_answer(self.workshop.downloads.cancel(known(file)))
 
-    def decode(self, body: DecodeBody) -> PictureAnswer:
+    def decode(self, body: DecodeBody, client: Client) -> PictureAnswer:
         """Give a picture its transparency, from the latent that it was decoded from.
 
         Width and height are multiples of 8. Waits for the jobs before it; missing weights are downloaded first.
@@ -118,10 +118,10 @@ class Routes:
         image = picture("image", body.image)
         check_cells("image", image)
         latent = read_latent(body.latent, image)
-        rgba = self.workshop.decode(body.family, over_grey(image), latent, body.passes)
+        rgba = self.workshop.decode(body.family, over_grey(image), latent, body.passes, client.go_on)
         return PictureAnswer(image=png(to_pil(rgba[0])))
 
-    def encode(self, body: EncodeBody) -> LatentAnswer:
+    def encode(self, body: EncodeBody, client: Client) -> LatentAnswer:
         """What a picture's transparency adds to its latent, to start img2img from.
 
         Encode the picture over the middle grey (0.5) with the model's own VAE, and take the mean and the standard
@@ -130,16 +130,17 @@ class Routes:
         """
         image = picture("image", body.image).convert("RGBA")
         check_cells("image", image)
-        offset = self.workshop.encode(body.family, from_pil(image)[None])
+        offset = self.workshop.encode(body.family, from_pil(image)[None], client.go_on)
         return LatentAnswer(latent=encoded(save({"latent": offset.cpu().contiguous()})))
 
-    def compose(self, body: ComposeBody) -> PictureAnswer:
+    def compose(self, body: ComposeBody, client: Client) -> PictureAnswer:
         """Put layers over one another, the lowest first, each where and as opaque as it says."""
         if not 0 < len(body.layers) <= MAX_LAYERS:
             raise HTTPException(413, f"layers has {len(body.layers)} of them. Send 1 to {MAX_LAYERS}.")
         first = picture("layers[0].image", body.layers[0].image)
         canvas = ground(body.background, body.width or first.width, body.height or first.height)
         for number, layer in enumerate(body.layers):
+            client.go_on()
             image = picture(f"layers[{number}].image", layer.image) if number else first
             canvas = Image.alpha_composite(canvas, placed(image.convert("RGBA"), layer, canvas.size))
         return PictureAnswer(image=png(canvas))
@@ -255,14 +256,6 @@ def png(image: Image.Image) -> str:
     return encoded(file.getvalue())
 
 
-def encoded(data: bytes) -> str:
-    return base64.b64encode(data).decode()
-
-
-def decoded(text: str) -> bytes:
-    return base64.b64decode("".join(text.split()), validate=True)
-
-
 # --- registration
 
 
@@ -278,7 +271,11 @@ def router_for(workshop: Workshop, users: Sequence[str]) -> APIRouter:
     """users: who may use the routes, each `name:password`; empty: everybody."""
     guards = [BasicAuth(users)] if users else []
     router = APIRouter(
-        prefix=PREFIX, tags=[TITLE], route_class=route_class(guards), dependencies=[Depends(guard) for guard in guards]
+        prefix=PREFIX,
+        tags=[TITLE],
+        route_class=route_class(guards),
+        default_response_class=AnswerInPieces,
+        dependencies=[Depends(guard) for guard in guards],
     )
     routes = Routes(workshop)
     example = Examples()
@@ -327,8 +324,8 @@ def add_rest(router: APIRouter) -> None:
         near = nearest(request.url.path, {route.path for route in router.routes if route.include_in_schema})
         raise HTTPException(404, f"There is nothing at {shortened(request.url.path)}. Did you mean {listed(near)}?")
 
-    methods = ["GET", "POST", "PUT", "PATCH", "DELETE"]
-    router.add_api_route("/{rest:path}", nothing, methods=methods, include_in_schema=False)
+    # No methods are all of them; then FastAPI can make no id of one.
+    router.add_api_route("/{rest:path}", nothing, methods=[], operation_id="nothing", include_in_schema=False)
 
 
 class Examples:

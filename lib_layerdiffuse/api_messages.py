@@ -8,6 +8,7 @@ from lib_layerdiffuse.downloads import State
 from lib_layerdiffuse.methods import Family, Layer
 
 MAX_PIXELS = 4096 * 4096  # of each picture, sent or made
+MAX_LAYERS = 32  # of one composition
 
 
 class Body(BaseModel, extra="forbid"):

@@ -105,31 +105,48 @@ class Workshop:
             self.host.note(p, f"LayerDiffuse ends where the refiner takes over: {refiner}.")
         self.host.expect(p, len(request.method.steps))
 
-    def decode(self, family: Family, rgb: Rgb, latent: Latent, passes: int) -> Rgba:
-        """`TransparentVAE.decode`, one after the other with the host's jobs. Raises LayerDiffuseError."""
+    def decode(self, family: Family, rgb: Rgb, latent: Latent, passes: int, go_on: Callable[[], None]) -> Rgba:
+        """`TransparentVAE.decode`, one after the other with the host's jobs. Raises LayerDiffuseError.
+
+        go_on: is called before it and after each pass; raises where nobody waits for the answer any more.
+        """
+
+        def on_pass(done: int, passes: int) -> bool:
+            go_on()
+            return True
+
         return self._in_turn(
             TransparentDecoder,
             DECODERS[family],
             DECODE_CHANNELS,
             rgb,
-            lambda decoder: TransparentVAE(decoder).decode(rgb, latent, passes),
+            lambda decoder: TransparentVAE(decoder).decode(rgb, latent, passes, on_pass),
+            go_on,
         )
 
-    def encode(self, family: Family, rgba: Rgba) -> Latent:
-        """`TransparentVAE.encode`, one after the other with the host's jobs. Raises LayerDiffuseError."""
+    def encode(self, family: Family, rgba: Rgba, go_on: Callable[[], None]) -> Latent:
+        """`TransparentVAE.encode`, as `decode`."""
         return self._in_turn(
             TransparentEncoder,
             ENCODERS[family],
             ENCODE_CHANNELS,
             rgba,
             lambda encoder: TransparentVAE(nn.Identity(), encoder).encode(rgba),  # which decodes nothing
+            go_on,
         )
 
     def _in_turn(
-        self, kind: type[Net], file: str, channels: int, picture: Tensor, work: Callable[[nn.Module], Tensor]
+        self,
+        kind: type[Net],
+        file: str,
+        channels: int,
+        picture: Tensor,
+        work: Callable[[nn.Module], Tensor],
+        go_on: Callable[[], None],
     ) -> Tensor:
-        self.downloads.obtain(file, lambda text, fraction: None)  # before the queue: jobs need not wait for it
+        self.downloads.obtain(file, lambda text, fraction: go_on())  # before the queue: jobs need not wait for it
         with self.host.queue():
+            go_on()
             net = self._net(kind, file)
             with torch.inference_mode():  # as jobs run
                 return with_room(self.host, net, channels, picture, lambda: work(net))

@@ -1,5 +1,6 @@
 """The HTTP routes, in a small server, with small networks under the names of the released files."""
 
+import asyncio
 import base64
 import io
 import json
@@ -17,9 +18,11 @@ from mirror import mirrored
 from PIL import Image
 from reference import ReferenceDecoder, random_state_dict, reference_encoder
 from safetensors.torch import load, save, save_file
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.gzip import GZipMiddleware
 
-from lib_layerdiffuse import api
-from lib_layerdiffuse.api_guards import MAX_BODY
+from lib_layerdiffuse import api, api_guards, vae
+from lib_layerdiffuse.api_guards import AT_ONCE, MAX_BODY, PIECE
 from lib_layerdiffuse.checkpoints import CONTEXT_KEY, FIRST_KEY
 from lib_layerdiffuse.images import from_pil, to_pil
 from lib_layerdiffuse.methods import DECODERS, ENCODERS, METHODS, Family
@@ -46,6 +49,8 @@ class SmallHost:
     def __init__(self, folder, users=()):
         self.folder, self.users = folder, users
         self.lock = threading.Lock()
+        self.waiting = threading.Semaphore(0)  # one for each that has asked for the queue
+        self.turns = 0  # of the GPU
         self.checkpoint = None
 
     def name(self):
@@ -60,8 +65,11 @@ class SmallHost:
     def checkpoint_file(self, title):
         return self.checkpoint
 
+    @contextmanager
     def queue(self):
-        return self.lock
+        self.waiting.release()
+        with self.lock:
+            yield
 
     def busy(self):
         return self.lock.locked()
@@ -75,6 +83,7 @@ class SmallHost:
 
     def places(self, module, memory):
         assert self.busy(), "the GPU is used out of turn"
+        self.turns += 1
         yield torch.device("cpu")
 
 
@@ -86,10 +95,18 @@ def host(tmp_path):
     return SmallHost(tmp_path)
 
 
-def client_of(host):
+def app_of(host):
     app = FastAPI()
     api.register(app, Workshop(host))
-    return TestClient(app, base_url=f"{SERVER}{api.PREFIX}/")
+    return app
+
+
+def client_of(host):
+    return client_for(app_of(host))
+
+
+def client_for(app, **options):
+    return TestClient(app, base_url=f"{SERVER}{api.PREFIX}/", **options)
 
 
 @pytest.fixture
@@ -249,14 +266,26 @@ def test_health(client, host):
     assert busy == expected | {"busy": True, "checkpoint": {"name": "model", "family": None}}
 
 
-def test_health_and_downloads_answer_while_all_threads_wait(host):
-    """More requests than the server has threads, each of them waiting for the GPU."""
-    with client_of(host) as client, ThreadPoolExecutor(60) as pool:
+def test_all_else_answers_while_many_wait_for_the_gpu(host):
+    """More requests than the server has threads, which are the web UI's too."""
+    app = app_of(host)
+    app.get(f"{api.PREFIX}/of-the-web-ui")(lambda: None)
+    app.router.routes.insert(0, app.router.routes.pop())
+    with client_for(app) as client, ThreadPoolExecutor(60) as many, ThreadPoolExecutor() as pool:
         with host.lock:
-            waiting = [pool.submit(client.post, "decode", json=decode_body()) for _ in range(60)]
-            for method, path in (("GET", "health"), ("GET", "weights"), ("DELETE", f"weights/{MISSING}/download")):
-                assert pool.submit(client.request, method, path).done() is False
-                assert client.request(method, path).status_code == 200
+            waiting = [many.submit(client.post, "decode", json=decode_body()) for _ in range(60)]
+            for _ in range(AT_ONCE):
+                assert host.waiting.acquire(timeout=PATIENCE)
+            for method, path in (
+                ("GET", "health"),
+                ("GET", "weights"),
+                ("DELETE", f"weights/{MISSING}/download"),
+                ("GET", "of-the-web-ui"),
+            ):
+                assert pool.submit(client.request, method, path).result(PATIENCE).status_code == 200
+            assert not any(each.done() for each in waiting)
+            body = {"layers": [{"image": sent(picture())}]}
+            assert received(pool.submit(client.post, "compose", json=body).result(PATIENCE))
         assert {future.result().status_code for future in waiting} == {200}
 
 
@@ -359,10 +388,12 @@ REFUSED = {
         "POST", "compose", {"layers": [SHEET, SHEET | {"opactiy": 1}]}, 422,
         'layers[1].opactiy is unknown. Did you mean "opacity"? The names are image, x, y, opacity.',
     ),
+    "long name": ("POST", "encode", ENCODE | {"a" * 10**6: 1}, 422, "is unknown. Did you mean"),
     "surrogate name": ("POST", "encode", ENCODE | {"\ud800": 1}, 422, " "),  # pydantic 1 and 2 differ
     "family": ("POST", "decode", decode_body(family="sd3"), 422, "family: "),
     "passes": ("POST", "decode", decode_body(passes=3), 422, "passes: "),
     "huge passes": ("POST", "decode", decode_body(passes=10**30), 422, "passes: "),
+    "huge family": ("POST", "decode", decode_body(family="x" * 10**6), 422, "family: "),
     "image is null": ("POST", "decode", decode_body(image=None), 422, "image: "),
     "image is a list": ("POST", "decode", decode_body(image=["x"]), 422, "image: "),
     "empty image": ("POST", "decode", decode_body(image=""), 422, "image cannot be read. Set it to a whole PNG"),
@@ -395,6 +426,9 @@ REFUSED = {
     ),
     "no layers": ("POST", "compose", {"layers": []}, 413, "Send 1 to 32"),
     "many layers": ("POST", "compose", {"layers": [SHEET] * 33}, 413, "layers has 33 of them"),
+    "very many layers": ("POST", "compose", {"layers": [{}] * 10**5}, 413, "more than 1,000 values"),
+    "very many names": ("POST", "compose", {f"{n}": 0 for n in range(10**5)}, 413, "more than 1,000 values"),
+    "pixels": ("POST", "encode", ENCODE | {"image": [[255] * 99] * 99}, 413, "each picture as one text in base64"),
     "opacity": ("POST", "compose", {"layers": [SHEET | {"opacity": 1.5}]}, 422, "layers[0].opacity: "),
     "far away": ("POST", "compose", {"layers": [SHEET | {"x": 10**40}]}, 422, "layers[0].x: "),
     "no width": ("POST", "compose", {"layers": [SHEET], "width": 0}, 422, "width: "),
@@ -424,37 +458,39 @@ def test_refused(client, method, path, body, status, words):
     assert words in sentence(client.request(method, path, content=content, headers=headers | length), status)
 
 
-@pytest.mark.parametrize(
-    ("text", "status"),
-    [
-        ('{"layers": [{"image": "A", "opacity": NaN}]}', 422),
-        ('{"layers": [{"image": "A", "opacity": 1e999}]}', 422),
-        ('{"layers": [{"image": "A", "x": Infinity}]}', 422),
-        ('{"layers"', 422),
-        ("", 422),
-        ("[" * 100_000, 400),
-    ],
-)
-def test_text_that_is_hardly_json(client, text, status):
-    answer = client.post("compose", content=text, headers={"Content-Type": "application/json"})
-    assert answer.status_code == status, answer.text
-    assert isinstance(answer.json()["detail"], str)
+HARDLY_JSON = {
+    # name: (body, status, words of the sentence)
+    "NaN": (b'{"layers": [{"image": "A", "opacity": NaN}]}', 422, "layers[0].opacity: "),
+    "too large": (b'{"layers": [{"image": "A", "opacity": 1e999}]}', 422, "layers[0].opacity: "),
+    "infinite": (b'{"layers": [{"image": "A", "x": Infinity}]}', 422, "layers[0].x: "),
+    "a million digits": (b'{"layers": [{"image": "A", "x": %s}]}' % (b"1" * 10**6), 422, "layers[0].x: "),
+    "a million digits in a text": (b'{"layers": [{"image": "A", "x": "%s"}]}' % (b"1" * 10**6), 422, "layers[0].x: "),
+    "cut": (b'{"layers"', 422, "not a JSON object"),
+    "nothing": (b"", 422, "not a JSON object"),
+    "no UTF-8": (b'{"layers": "\xff"}', 422, "not a JSON object"),
+    "deep": (b"[" * 999, 422, "not a JSON object"),
+    "deeper": (b"[" * 100_000, 413, "more than 1,000 values"),
+    "UTF-16": ('{"layers": []}'.encode("utf-16"), 413, "Send 1 to 32"),
+}
+
+
+@pytest.mark.parametrize(("body", "status", "words"), HARDLY_JSON.values(), ids=HARDLY_JSON.keys())
+def test_what_is_hardly_json(client, body, status, words):
+    answer = client.post("compose", content=body, headers={"Content-Type": "application/json"})
+    assert words in sentence(answer, status)
 
 
 def test_another_content_type(client):
-    answer = client.post("encode", content=json.dumps(ENCODE), headers={"Content-Type": "text/plain"})
+    answer = client.post("encode", content=body_of(ENCODE), headers={"Content-Type": "text/plain"})
     assert "application/json" in sentence(answer, 422)
 
 
 @pytest.mark.parametrize("path", ["decode", "encode", "compose"])
 def test_a_body_that_is_too_large_is_refused_unread(client, path):
-    def body():
-        raise AssertionError("read")
-        yield b""
-
     headers = {"Content-Type": "application/json"}
-    too_much = client.post(path, content=b"{}", headers=headers | {"Content-Length": str(MAX_BODY + 1)})
-    assert f"Send up to {MAX_BODY:,}" in sentence(too_much, 413)
+    for length in (str(MAX_BODY + 1), "9" * 5000):
+        too_much = client.post(path, content=b"{}", headers=headers | {"Content-Length": length})
+        assert f"Send up to {MAX_BODY:,}" in sentence(too_much, 413)
     unknown = client.post(path, content=iter([b"{}"]), headers=headers)
     assert "Content-Length" in sentence(unknown, 411)
 
@@ -467,7 +503,215 @@ def test_a_file_that_is_no_network(client, host):
     assert received(client.post("decode", json=decode_body(family="sdxl")))
 
 
+@pytest.mark.parametrize("method", ["HEAD", "OPTIONS", "TRACE", "PUT", "PROPFIND", "ANYTHING"])
+def test_any_other_method(client, method):
+    known, unknown = client.request(method, "decode"), client.request(method, "nowhere")
+    assert (known.status_code, unknown.status_code) == (405, 404)
+    assert known.headers["Allow"] == "POST"
+    if method != "HEAD":
+        assert f"{method} is not possible here. Use POST." in sentence(known, 405)
+        assert "There is nothing at" in sentence(unknown, 404)
+
+
+def test_a_failure_nobody_thought_of_is_one_sentence_too(host, caplog):
+    host.busy = lambda: 1 / 0
+    answer = client_for(app_of(host), raise_server_exceptions=False).get("health")
+    assert "ZeroDivisionError" in sentence(answer, 500)
+    assert "GET /layerdiffuse/v1/health" in caplog.text and "Traceback" in caplog.text
+
+
+# What comes slowly, and who leaves
+
+
+class Wire:
+    """A client that sends these pieces of a body and then waits for the answer, until it leaves."""
+
+    def __init__(self, app, path, pieces, length=None):
+        headers = {"content-type": "application/json", "content-length": str(length or sum(map(len, pieces)))}
+        self.scope = {
+            "type": "http",
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": f"{api.PREFIX}/{path}",
+            "query_string": b"",
+            "root_path": "",
+            "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+        }
+        self.app, self.pieces, self.more = app, list(pieces), length is not None
+        self.leaving, self.heard = threading.Event(), threading.Event()
+        self.status, self.answers = None, []
+
+    async def receive(self):
+        if self.pieces:
+            piece = self.pieces.pop(0)
+            return {"type": "http.request", "body": piece, "more_body": bool(self.pieces) or self.more}
+        while not self.leaving.is_set():
+            await asyncio.sleep(0.001)
+        self.heard.set()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message):
+        self.status = message.get("status", self.status)
+        self.answers.append(message.get("body", b""))
+
+    def leave(self):
+        self.leaving.set()
+        assert self.heard.wait(PATIENCE)
+
+    def ask(self):
+        asyncio.run(asyncio.wait_for(self.app(self.scope, self.receive, self.send), PATIENCE))
+        return self.status
+
+
+def body_of(values):
+    return json.dumps(values).encode()
+
+
+def test_a_body_of_too_many_values_is_not_waited_for(host):
+    wire = Wire(app_of(host), "compose", [b'{"layers": ['] + [b"{}," * 2**14] * 64)
+    assert wire.ask() == 413
+    assert len(wire.pieces) == 63
+
+
+def test_a_body_that_does_not_come(host, monkeypatch):
+    monkeypatch.setattr(api_guards, "PATIENCE", 0.01)
+    wire = Wire(app_of(host), "encode", [b"{"], length=100)
+    assert wire.ask() == 408
+    assert b"Send it again." in b"".join(wire.answers)
+
+
+def test_a_client_that_leaves_before_its_body_has_come(host, caplog):
+    wire = Wire(app_of(host), "encode", [b"{"], length=100)
+    wire.leaving.set()
+    assert wire.ask() == 499
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [("decode", decode_body()), ("encode", {"image": sent(picture()), "family": "sd15"})]
+)
+def test_a_client_that_left_while_it_waited_has_no_turn(host, path, body):
+    wire = Wire(app_of(host), path, [body_of(body)])
+    with ThreadPoolExecutor() as pool:
+        with host.lock:
+            status = pool.submit(wire.ask)
+            assert host.waiting.acquire(timeout=PATIENCE)
+            wire.leave()
+        assert status.result(PATIENCE) == 499
+    assert host.turns == 0
+
+
+def test_no_more_passes_for_a_client_that_left(host, monkeypatch):
+    wire = Wire(app_of(host), "decode", [body_of(decode_body(passes=8))])
+    passes = []
+
+    class Leaving(vae.StripDecoder):
+        def __call__(self, *args):
+            passes.append(len(passes))
+            if len(passes) == 3:
+                wire.leave()
+            return super().__call__(*args)
+
+    monkeypatch.setattr(vae, "StripDecoder", Leaving)
+    assert wire.ask() == 499
+    assert len(passes) == 3
+
+
+def test_no_more_layers_for_a_client_that_left(host, monkeypatch):
+    wire = Wire(app_of(host), "compose", [body_of({"layers": [SHEET] * 4})])
+    layers = []
+
+    def placed(*args, placed=api.placed):
+        layers.append(args)
+        wire.leave()
+        return placed(*args)
+
+    monkeypatch.setattr(api, "placed", placed)
+    assert wire.ask() == 499
+    assert len(layers) == 1
+
+
+def test_a_download_for_a_client_that_left_ends(host, mirror):
+    mirror.cuts, mirror.pause = [5000], PATIENCE
+    (host.folder / DECODERS[Family.SD15]).unlink()
+    wire = Wire(app_of(host), "decode", [body_of(decode_body())])
+    with ThreadPoolExecutor() as pool:
+        status = pool.submit(wire.ask)
+        while not mirror.asked:
+            threading.Event().wait(0.01)
+        wire.leave()
+        assert status.result(PATIENCE) == 499
+    mirror.released.set()
+
+
+def test_a_large_answer_is_sent_in_pieces(host):
+    """The server compresses each by itself, and answers others in between."""
+    app = app_of(host)
+    app.add_middleware(GZipMiddleware)
+    layer = {"image": sent(picture((400, 400)))}
+    wire = Wire(app, "compose", [body_of({"layers": [layer]})])
+    assert wire.ask() == 200
+    assert max(map(len, wire.answers)) == PIECE
+    answer = client_for(app).post("compose", json={"layers": [layer]}, headers={"Accept-Encoding": "gzip"})
+    assert answer.headers["Content-Encoding"] == "gzip"
+    assert answer.content == b"".join(wire.answers)
+    assert received(answer).size == (400, 400)
+
+
 # Who may
+
+
+ELSEWHERE = "https://elsewhere.example"
+ORIGINS = {
+    # name: (headers, whether it may change anything)
+    "a program": ({}, True),
+    "our page": ({"Sec-Fetch-Site": "same-origin", "Origin": SERVER}, True),
+    "our page, by http": ({"Origin": SERVER}, True),
+    "our page, in capitals": ({"Origin": SERVER, "Host": "TestServer"}, True),
+    "our page, behind a proxy": ({"Origin": ELSEWHERE, "X-Forwarded-Host": "elsewhere.example"}, True),
+    "our page, behind a proxy by https": ({"Sec-Fetch-Site": "same-origin", "Origin": ELSEWHERE}, True),
+    "the address bar": ({"Sec-Fetch-Site": "none"}, True),
+    "another page": ({"Sec-Fetch-Site": "cross-site", "Origin": ELSEWHERE}, False),
+    "another page, by http": ({"Origin": ELSEWHERE}, False),
+    "another page that hides": ({"Sec-Fetch-Site": "cross-site"}, False),
+    "a page without origin": ({"Origin": "null"}, False),
+    "another port": ({"Sec-Fetch-Site": "same-site", "Origin": f"{SERVER}:3000"}, False),
+    "another port, by http": ({"Origin": f"{SERVER}:3000"}, False),
+}
+
+
+@pytest.mark.parametrize(("headers", "may"), ORIGINS.values(), ids=ORIGINS.keys())
+def test_pages_of_other_servers_change_nothing(host, mirror, headers, may):
+    client = client_of(host)
+    for method, path in EVERYTHING:
+        answer = client.request(method, path, headers=headers)
+        if may or method == "GET":
+            assert answer.status_code != 403
+        else:
+            assert "may not do this" in sentence(answer, 403)
+    assert bool(mirror.asked) <= may
+    mirror.released.set()
+
+
+@pytest.mark.parametrize(
+    ("options", "origin", "may"),
+    [
+        ({"allow_origins": [ELSEWHERE]}, ELSEWHERE, True),
+        ({"allow_origins": [ELSEWHERE]}, "https://evil.example", False),
+        ({"allow_origins": ["*"]}, ELSEWHERE, True),
+        ({"allow_origin_regex": r"https://.*\.example"}, ELSEWHERE, True),
+        ({"allow_origin_regex": r"https://.*\.example"}, f"{ELSEWHERE}.evil", False),
+        ({}, ELSEWHERE, False),
+    ],
+)
+def test_pages_that_the_web_ui_lets_ask_may(host, options, origin, may):
+    app = app_of(host)
+    app.add_middleware(GZipMiddleware)
+    app.add_middleware(CORSMiddleware, allow_methods=["*"], **options)
+    headers = {"Sec-Fetch-Site": "cross-site", "Origin": origin}
+    answer = client_for(app).delete(f"weights/{MISSING}/download", headers=headers)
+    assert answer.status_code == (200 if may else 403)
 
 
 USERS = ["me:secret", "ünï:pässwörd"]

@@ -1,10 +1,15 @@
 """Threads of our own."""
 
+import _thread
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from reference import ReferenceDecoder, random_state_dict
 
+from lib_layerdiffuse.nets.decoder import TransparentDecoder
+from lib_layerdiffuse.nets.threaded import ThreadedDecoder
 from lib_layerdiffuse.nets.threads import Threads
 
 
@@ -16,6 +21,12 @@ def three_threads():
     torch.set_num_threads(before)
 
 
+def number_of_a_new_thread():
+    """How many threads of torch's a thread has that is born now."""
+    with ThreadPoolExecutor() as pool:
+        return pool.submit(torch.get_num_threads).result()
+
+
 def test_as_many_as_torch_has_and_torch_has_one_in_each():
     meeting = threading.Barrier(3, timeout=30)
     found = []
@@ -25,17 +36,65 @@ def test_as_many_as_torch_has_and_torch_has_one_in_each():
         torch.ones(2**16).exp()
         found.append(torch.get_num_threads())
 
-    threads = Threads()
-    with threads.alone():
-        assert torch.get_num_threads() == 1
+    def lead():
         threads.run([work] * 3)
-    assert found == [1, 1, 1]
-    assert torch.get_num_threads() == 3
+        torch.ones(2**16).exp()
+        return torch.get_num_threads()
+
     threads = Threads()
-    threads.run([meeting.wait] * 3)  # new threads, which have asked torch nothing
-    torch.set_num_threads(3)
-    threads.run([work] * 3)
+    assert threads.lead(lead) == 1
+    assert found == [1, 1, 1]
+    torch.set_num_threads(3)  # which threads born later begin with
+    assert threads.lead(lead) == 1
     assert found == [1] * 6
+
+
+@pytest.mark.parametrize("number", [3, 2])
+def test_all_other_threads_keep_their_number(number):
+    """Also where the one that has the work done has another than those that are born."""
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(torch.get_num_threads).result() == 3
+        other.submit(torch.set_num_threads, number).result()
+        torch.set_num_threads(3)
+        threads = other.submit(Threads).result()
+        assert threads.count == number
+        found = [number_of_a_new_thread()]
+        threads.lead(lambda: threads.run([lambda: found.append(number_of_a_new_thread())]))
+        assert [*found, number_of_a_new_thread(), torch.get_num_threads()] == [3] * 4
+        assert other.submit(torch.get_num_threads).result() == number
+
+
+def test_threads_that_are_born_while_a_picture_is_decoded_keep_their_number():
+    found = []
+
+    class Watched(ThreadedDecoder):
+        def _by_strips(self, *args, **more):
+            found.append(number_of_a_new_thread())
+            return super()._by_strips(*args, **more)
+
+    decoder = Watched(TransparentDecoder.from_state_dict(random_state_dict(ReferenceDecoder(layers=1))))
+    with torch.no_grad():
+        decoder(torch.rand(1, 3, 64, 64), torch.randn(1, 4, 8, 8))
+    assert set(found) == {3}
+
+
+def test_a_leader_for_whom_nobody_waits_ends():
+    interrupted, over, worked = threading.Event(), threading.Event(), []
+
+    def lead():
+        _thread.interrupt_main()
+        interrupted.wait()
+        try:
+            threads.run([lambda: worked.append(1)])
+        finally:
+            over.set()
+
+    threads = Threads()
+    with pytest.raises(KeyboardInterrupt):
+        threads.lead(lead)
+    interrupted.set()
+    assert over.wait(30)
+    assert not worked
 
 
 def test_an_error_is_raised_when_all_have_ended():
@@ -49,11 +108,10 @@ def test_an_error_is_raised_when_all_have_ended():
         yield from [lambda: ended.append(1)] * 5
 
     threads = Threads()
-    with pytest.raises(RuntimeError, match="out of memory"), threads.alone():
-        threads.run(works())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        threads.lead(lambda: threads.run(works()))
     assert len(ended) == 5
-    assert torch.get_num_threads() == 3
-    threads.run([lambda: ended.append(1)])  # and the next works
+    threads.lead(lambda: threads.run([lambda: ended.append(1)]))  # and the next works
     assert len(ended) == 6
 
 

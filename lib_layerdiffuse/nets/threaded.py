@@ -45,8 +45,7 @@ class ThreadedDecoder(StripDecoder):
     def __call__(self, rgb: Rgb, latent: Latent) -> Argb:
         """One picture after another."""
         answer = super().__call__
-        with self._threads.alone():
-            answers = [answer(*picture) for picture in zip(rgb.split(1), latent.split(1))]
+        answers = self._threads.lead(lambda: [answer(*picture) for picture in zip(rgb.split(1), latent.split(1))])
         return torch.cat(answers) if len(answers) > 1 else answers[0]
 
     # --- layers ---
