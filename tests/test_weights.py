@@ -305,7 +305,7 @@ def test_silence(mirror: Mirror, folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_folder_that_cannot_be_made(mirror: Mirror, tmp_path: Path) -> None:
-    (tmp_path / "models").write_text("a file")
+    (tmp_path / "models").write_text("a file", encoding="utf-8")
     folder = tmp_path / "models" / "layer_model"
     message = refusal(folder)
     assert f"{folder} cannot be written to" in message

@@ -6,12 +6,11 @@ File and line in comments are of commit dfdcbab6.
 from __future__ import annotations
 
 import base64
-import ctypes
 import io
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from copy import copy
 from functools import wraps
 from itertools import cycle, zip_longest
@@ -48,6 +47,7 @@ from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.hosts.base import Around, BaseModel
 from lib_layerdiffuse.images import Box, ResizeMode
 from lib_layerdiffuse.injection import Injection, WeightPatch, misfit
+from lib_layerdiffuse.memory import return_freed_memory
 from lib_layerdiffuse.methods import Family
 from lib_layerdiffuse.nets.attention_sharing import ATTENTIONS, BLOCKS, FoldedSharing
 from lib_layerdiffuse.patches import (
@@ -446,10 +446,7 @@ class BackendHost:
             del attributes["lora_loader"]
 
     def return_memory(self) -> None:
-        # glibc keeps what is freed for the thread that had it, and the API runs each job in another one: after some
-        # changes of weights these were gigabytes. Returning them takes some hundredths of a second.
-        with suppress(AttributeError, OSError):  # another libc
-            ctypes.CDLL(None).malloc_trim(0)
+        return_freed_memory()
 
     def show(self, p: Any, processed: Any, extras: Sequence[Image.Image], frames: int) -> None:
         if has_list(p):

@@ -217,7 +217,7 @@ def test_kept_pictures_come_in_a_random_order_from_every_part_of_a_source(tmp_pa
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_a_world_from_nothing(models, tmp_path, family):
     train(VaeSettings(data="scenes:1+pictures:1", output=str(tmp_path / "vae"), **FEW), tiny_vae.make)
-    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    config = json.loads((tmp_path / "vae" / "config.json").read_text(encoding="utf-8"))
     assert 0.01 < config["scaling_factor"] != 0.18215
     named = {"family": family, "vae": str(tmp_path / "vae"), "data": "pictures:1", "output": str(tmp_path / family)}
     train(BaseSettings(**(FEW | named | {"keep": 4})), base.make)

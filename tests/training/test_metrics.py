@@ -75,7 +75,7 @@ def folders(tmp_path):
 
 def test_folders_on_the_command_line(folders):
     command = [sys.executable, "-m", "lib_layerdiffuse", "metrics", "--json", *map(str, folders)]
-    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout)
     assert found["pictures"] == 2
     assert found["alpha mae"] == pytest.approx(127 / 255 / 2)
 

@@ -19,7 +19,7 @@ RED = (200, 10, 20, 128)
 def folder(tmp_path):
     for name in ("a", "b"):
         Image.new("RGBA", (96, 64), RED).save(tmp_path / f"{name}.png")
-        (tmp_path / f"{name}.txt").write_text(f"picture {name}\n")
+        (tmp_path / f"{name}.txt").write_text(f"picture {name}\n", encoding="utf-8")
     return tmp_path
 
 
@@ -33,7 +33,7 @@ def test_captions_beside_the_pictures(folder):
 
 def test_captions_in_a_table(folder):
     rows = [{"file_name": "b.png", "text": "first"}, {"file_name": "a.png", "text": "second"}]
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     assert [each["caption"] for each in open_source(str(folder), 32)] == ["first", "second"]
 
 
@@ -41,7 +41,7 @@ def test_what_is_missing_is_said(folder, tmp_path):
     (folder / "b.txt").unlink()
     with pytest.raises(ValueError, match=r"b\.png has no caption: put it into .*b\.txt"):
         open_source(str(folder), 32)
-    (folder / "metadata.jsonl").write_text('{"file_name": "c.png", "text": "x"}\n')
+    (folder / "metadata.jsonl").write_text('{"file_name": "c.png", "text": "x"}\n', encoding="utf-8")
     with pytest.raises(ValueError, match=r"names .*c\.png, which is not there"):
         open_source(str(folder), 32)
     (tmp_path / "empty").mkdir()

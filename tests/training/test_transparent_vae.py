@@ -92,7 +92,7 @@ def test_fewer_pictures_than_a_batch_are_enough(model, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     to_image(scene(0, size=SIZE).rgba).save(folder / "0.png")
-    (folder / "0.txt").write_text("a solid red star")
+    (folder / "0.txt").write_text("a solid red star", encoding="utf-8")
     train(settings(model, tmp_path / "out", 2, "--data", str(folder)))
     assert torch.load(tmp_path / "out" / "state" / "custom_checkpoint_1.pkl")["step"] == 2
 
@@ -241,7 +241,7 @@ def test_harm_on_the_command_line(model, tmp_path):
     named |= {part: tmp_path / f"vae_transparent_{part}.safetensors" for part in ("encoder", "decoder")}
     options = [str(word) for name, value in named.items() for word in (f"--{name}", value)]
     command = [sys.executable, "-m", "training.harm", *options]
-    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout)
     assert found["pictures"] == 3
     assert found.keys() >= {"harm", "psnr", "alpha mae"}
 
