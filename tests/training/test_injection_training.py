@@ -236,7 +236,7 @@ def test_every_stage_of_the_recipe_is_a_command_that_its_program_understands(sta
     }
     if command[1] in programs:
         kind, about = programs[command[1]]
-        assert parse(kind, None, about, command[2:]).output == f"WORK/{stage.name}"
+        assert parse(kind, None, about, command[2:]).output == str(Path("WORK") / stage.name)
 
 
 def test_parts_of_pictures_are_random_and_of_their_size():
