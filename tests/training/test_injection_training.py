@@ -214,7 +214,7 @@ def test_kept_pictures_come_in_a_random_order_from_every_part_of_a_source(tmp_pa
     assert 0 < opaque < 12
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("family", ["sdxl", pytest.param("sd15", marks=pytest.mark.full)])
 def test_a_world_from_nothing(models, tmp_path, family):
     train(VaeSettings(data="scenes:1+pictures:1", output=str(tmp_path / "vae"), **FEW), tiny_vae.make)
     config = json.loads((tmp_path / "vae" / "config.json").read_text(encoding="utf-8"))
