@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import tarfile
 
 import pytest
@@ -118,3 +119,12 @@ def test_shards(tmp_path):
         assert each["rgba"].shape == (4, 16, 16)
         alphas[each["caption"]] = round(each["rgba"][3].mean().item() * 255)
     assert alphas == {f"number {index}": 40 * index for index in range(6)}
+
+
+@pytest.mark.parametrize(
+    ("opened", "source"),
+    [(open_source, "00.tar"), (open_source, "scenes:1+pictures:1"), (open_layers, "00.tar"), (open_layers, "scenes:1")],
+)
+def test_what_is_opened_can_be_sent_to_workers(opened, source):
+    """As where a process cannot be forked: on Windows and macOS."""
+    pickle.dumps(opened(source, 16))
