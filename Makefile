@@ -1,6 +1,6 @@
 # make demo              transparent pictures and layers from the tiny world that is included, on one sheet
 # make test              checks and unit tests, on the newest and the oldest versions of what the extension meets
-# make test-world        the tiny world's pictures, more of them than make test looks at
+# make test-full         the unit tests with those that take minutes: more of the tiny world's pictures, training
 # make forge             this checkout inside an installed Forge; ARGS="…" goes to Forge
 # make forge-test        the tests that drive a real Forge; forge-test-full adds those that take minutes
 # make ui-test           the tests that use the panel in a browser, on a real Forge's page
@@ -26,7 +26,7 @@ endef
 .venv/%/ready: tests/requirements-%.txt
 	$(environment)
 
-.PHONY: demo test lint test-newest test-oldest test-world forge forge-test forge-test-full ui-test bench bench-full clean
+.PHONY: demo test lint test-newest test-oldest test-full forge forge-test forge-test-full ui-test bench bench-full clean
 .PRECIOUS: .venv/%/ready
 
 demo: .venv/demo/ready
@@ -39,13 +39,15 @@ lint: .venv/newest/ready
 	.venv/newest/bin/ruff format --check
 	.venv/newest/bin/mypy
 
-# One thread each: the networks here are tiny, threads would only wait for one another.
+# One thread each: the networks here are tiny, threads would only wait for one another. What numba compiles is compiled
+# before, once.
 PYTEST := -m pytest --quiet --numprocesses=auto --dist=loadfile
 test-newest test-oldest: test-%: .venv/%/ready
+	.venv/$*/bin/python -c "import lib_layerdiffuse.nets.compiled"
 	OMP_NUM_THREADS=1 .venv/$*/bin/python $(PYTEST)
 
-test-world: .venv/newest/ready
-	OMP_NUM_THREADS=1 .venv/newest/bin/python $(PYTEST) tests/training/test_world_*.py -m ""
+test-full: .venv/newest/ready
+	OMP_NUM_THREADS=1 .venv/newest/bin/python $(PYTEST) -m ""
 
 forge:
 	$(PYTHON) tools/forge.py run $(ARGS)

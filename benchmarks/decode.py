@@ -194,7 +194,9 @@ def strips(size: Size) -> Iterator[Figure]:
 def taken(side: str, size: Size, batch: int, passes: int) -> dict[str, float]:
     """Seconds and peak memory of one decode in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.decode", "--one", json.dumps([side, size, batch, passes])]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    return json.loads(
+        subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout.splitlines()[-1]
+    )
 
 
 def one(side: str, size: Size, batch: int, passes: int) -> dict[str, float]:

@@ -111,7 +111,7 @@ def memory(forge: Forge) -> dict[str, float]:
     rollup = Path(f"/proc/{forge.server.process.pid}/smaps_rollup")
     if not rollup.exists():
         return {}
-    kib = dict(re.findall(r"^(\w+): +(\d+) kB", rollup.read_text(), re.MULTILINE))
+    kib = dict(re.findall(r"^(\w+): +(\d+) kB", rollup.read_text(encoding="utf-8"), re.MULTILINE))
     own, all_of_it = int(kib["Anonymous"]) / 1024, int(kib["Rss"]) / 1024
     return {"private": own, "mapped": all_of_it - own}
 

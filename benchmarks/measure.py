@@ -39,7 +39,7 @@ def interleaved(sides: Mapping[str, Callable[[], object]], rounds: int, warm_up:
 
 def memory(field: str) -> int:
     """Bytes from /proc/self/status: VmRSS, or its peak, VmHWM."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise LookupError(field)
@@ -52,19 +52,21 @@ def peak_memory(work: Callable[[], object]) -> int:
         torch.cuda.reset_peak_memory_stats()
         work()
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew (man 5 proc)
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew (man 5 proc)
     before = memory("VmRSS")
     work()
     return memory("VmHWM") - before
 
 
 def processor() -> str:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if line.startswith("model name")
+    ]
     return names[0].split(":")[1].strip() if names else platform.processor()
 
 
 def has_bfloat16() -> bool:
-    flags = Path("/proc/cpuinfo").read_text()
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 

@@ -1,5 +1,6 @@
 """Transparency in and out of latents, on whatever device the networks are."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, TypeAlias
@@ -25,7 +26,14 @@ BATCH_PIXELS = 2**20  # a GPU is busy with so many at once; more only take more 
 Network: TypeAlias = Callable[..., Tensor]
 
 OUT_OF_MEMORY = torch.cuda.OutOfMemoryError
-OUT_OF_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+OUT_OF_MEMORY_WORDS = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "not enough GPU video memory",
+    "Invalid buffer size",
+    "ALLOC_FAILED",
+)
 
 
 class Orientation(NamedTuple):
@@ -79,14 +87,14 @@ class InParts:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Only CUDA's has a class of its own; the CPU's, MPS's and the libraries' are known by their words."""
+    """Only CUDA's has a class of its own; the CPU's, MPS's, DirectML's and the libraries' are known by their words."""
     return isinstance(error, OUT_OF_MEMORY) or any(words in str(error) for words in OUT_OF_MEMORY_WORDS)
 
 
-def free_memory(device: torch.device) -> float:
-    """Bytes that a new tensor could have there; infinite where torch cannot tell."""
+def free_memory(device: torch.device) -> int:
+    """Bytes that a new tensor could have there; more than any machine has where torch cannot tell."""
     if device.type != "cuda":
-        return float("inf")
+        return sys.maxsize
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
 
@@ -95,7 +103,7 @@ def pictures_at_once(pixels: Tensor, weight: Tensor) -> int:
     """How many pictures of this size the whole network should see at a time, memory permitting."""
     area = pixels.shape[2] * pixels.shape[3]
     fitting = free_memory(weight.device) // (DECODE_CHANNELS * area * weight.element_size())
-    return int(max(1, min(BATCH_PIXELS // area, fitting)))
+    return max(1, min(BATCH_PIXELS // area, fitting))
 
 
 def compiled_decoder() -> type[StripDecoder] | None:

@@ -1,5 +1,6 @@
 """The attention-sharing unit against the formulas of the file format, written plainly."""
 
+from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -13,6 +14,7 @@ from lib_layerdiffuse.nets.attention_sharing import (
     BLOCKS,
     LEVELS,
     AttentionSharing,
+    FoldedSharing,
     Layer,
     affine_of,
     attend_frames,
@@ -49,6 +51,7 @@ def convolution(name: str, n_in: int, n_out: int, size: int) -> dict[str, tuple[
     return {f"{name}.weight": (n_out, n_in, size, size), f"{name}.bias": (n_out,)}
 
 
+@cache
 def random_file(frames: int, control: bool = False, rank: int = RANK) -> dict[str, torch.Tensor]:
     """A state dict with the released keys."""
     rng = torch.Generator().manual_seed(frames)
@@ -71,6 +74,12 @@ def random_file(frames: int, control: bool = False, rank: int = RANK) -> dict[st
         for i, (n_in, n_out) in enumerate(pairwise(widths)):
             shapes |= convolution(f"kwargs_encoder.blocks_{stage}.{2 * i}", n_in, n_out, 3)
     return {key: torch.randn(shape, generator=rng) * 0.5 for key, shape in shapes.items()}
+
+
+@cache
+def random_sharing(frames: int, control: bool = False, rank: int = RANK) -> FoldedSharing:
+    """What it becomes; not to be changed."""
+    return AttentionSharing.from_state_dict(random_file(frames, control, rank)).folded()
 
 
 def reference(sd, index, frames, host, h, context, weight, signal=None):
@@ -129,7 +138,7 @@ def test_unit_equals_formulas(attention, rank, frames, weight):
     h = torch.randn(2 * frames, 5, WIDTH)
     context = torch.randn(2 * frames, 7, CONTEXT) if is_text else None
     source = h if context is None else context
-    layer = Layer(AttentionSharing.from_state_dict(sd).folded().units(attention)[BLOCKS[7]], host, weight, h)
+    layer = Layer(random_sharing(frames, rank=rank).units(attention)[BLOCKS[7]], host, weight, h)
     expected = reference(sd, index, frames, host, h, context, weight)
     torch.testing.assert_close(layer(h, source, source), expected, rtol=1e-4, atol=1e-4)
 
@@ -171,21 +180,21 @@ def test_the_file_s_tensors_are_held_and_folded_into_fewer(frames):
 
 def test_hosts_short_of_memory_find_every_parameter():
     """What they move to the device are the modules that have a `weight`, with all that these have."""
-    sharing = AttentionSharing.from_state_dict(random_file(2, control=True)).folded()
+    sharing = random_sharing(2, control=True)
     assert all(hasattr(module, "weight") for module in sharing.modules() if list(module.parameters(recurse=False)))
 
 
 def test_weight_0_is_the_host_s_own_attention():
     host = HostAttention(WIDTH)
     h = torch.randn(2, 5, WIDTH)
-    unit = AttentionSharing.from_state_dict(random_file(1)).folded().units("attn1")[BLOCKS[0]]
+    unit = random_sharing(1).units("attn1")[BLOCKS[0]]
     torch.testing.assert_close(Layer(unit, host, 0.0, h)(h, h, h), host(h, h, h))
 
 
 @pytest.mark.parametrize("size", [(64, 64), (72, 40), (8, 8)], ids=str)
 def test_control_signals_come_in_the_sizes_of_the_unet_s_levels(size):
     """Each level halves the latent with a stride, which rounds up: 9 x 5 cells, then 5 x 3, 3 x 2, 2 x 1."""
-    sharing = AttentionSharing.from_state_dict(random_file(2, control=True)).folded()
+    sharing = random_sharing(2, control=True)
     height, width = size
     signals = sharing.signals(torch.rand(1, 3, height, width))
     sizes = [(-(-height // 8 // 2**level), -(-width // 8 // 2**level)) for level in range(4)]
@@ -202,7 +211,7 @@ def test_control_encoder_equals_its_convolutions():
             conv = f"kwargs_encoder.blocks_{stage}.{2 * i}"
             x = F.silu(F.conv2d(x, sd[conv + ".weight"], sd[conv + ".bias"], stride=stride, padding=1))
         expected.append(x)
-    for ours, theirs in zip(AttentionSharing.from_state_dict(sd).folded().signals(picture), expected, strict=True):
+    for ours, theirs in zip(random_sharing(2, control=True).signals(picture), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -216,7 +225,7 @@ def test_levels_are_those_of_the_unet():
 @pytest.mark.parametrize("frames", [1, 2, 3])
 def test_what_the_file_has(frames):
     for control in (False, True):
-        sharing = AttentionSharing.from_state_dict(random_file(frames, control)).folded()
+        sharing = random_sharing(frames, control)
         assert (sharing.frames, sharing.conditions) == (frames, int(control))
 
 

@@ -77,7 +77,7 @@ def server() -> Iterator[Server]:
 def client(url: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Isolated: without what else is installed."""
     command = [sys.executable, "-I", "-S", str(CLIENT), "--url", url, *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", timeout=60, check=False)
 
 
 def lines_of(done: subprocess.CompletedProcess[str]) -> list[str]:

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.nets.attention_sharing import ATTENTIONS, BLOCKS, LEVELS, AttentionSharing, Layer
+from lib_layerdiffuse.nets.attention_sharing import ATTENTIONS, BLOCKS, LEVELS, Layer
 from lib_layerdiffuse.patches import (
     Controls,
     Layers,
@@ -17,7 +17,7 @@ from lib_layerdiffuse.patches import (
     condition_patch,
     control_patches,
 )
-from tests.test_attention_sharing import CONTEXT, WIDTH, HostAttention, random_file, reference
+from tests.test_attention_sharing import CONTEXT, WIDTH, HostAttention, random_file, random_sharing, reference
 
 NAMES = [(name, block) for name in ATTENTIONS for block in BLOCKS]
 FIRST = ("input", 1)
@@ -84,8 +84,7 @@ def sharing_lists(host, sharing, switch, picture=None, weight=1.0, others=()):
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_patches_equal_a_swapped_module(name, control, weight):
     host, h, context = layer(name)
-    sd = random_file(2, control)
-    sharing = AttentionSharing.from_state_dict(sd).folded()
+    sd, sharing = random_file(2, control), random_sharing(2, control)
     block = ("output", 4)
     picture = torch.rand(1, 3, 8 * 4 * 3, 8 * 4 * 5) if control else None  # 3 x 5 tokens at this block's level
     signal = sharing.signals(picture)[LEVELS[block]][0] if control else None
@@ -128,14 +127,14 @@ def test_attention_in_tiles(frames):
 @pytest.mark.parametrize(("block", "switch"), [(FIRST, never()), (("input", 3), always())], ids=["off", "elsewhere"])
 def test_patches_leave_other_layers_alone(name, block, switch):
     host, h, context = layer(name)
-    sharing = AttentionSharing.from_state_dict(random_file(2, control=True)).folded()
+    sharing = random_sharing(2, control=True)
     lists = sharing_lists(host, sharing, switch, torch.rand(1, 3, 24, 40))
     torch.testing.assert_close(run_layer(host, lists, name, h, context, block), host(h, context, context))
 
 
 def test_every_picture_may_have_a_control_of_its_own():
     host, h, _ = layer("attn1")
-    sharing = AttentionSharing.from_state_dict(random_file(2, control=True)).folded()
+    sharing = random_sharing(2, control=True)
     pictures = torch.rand(2, 3, 24, 40)
     both = run_layer(host, sharing_lists(host, sharing, always(), pictures), "attn1", h, h, FIRST)
     for picture in range(2):
@@ -149,7 +148,7 @@ def test_every_picture_may_have_a_control_of_its_own():
 def test_control_and_merged_tokens_go_together():
     """Token merging hands the layer fewer tokens in between: the mean of neighbours, spread out again afterwards."""
     host, h, _ = layer("attn1")
-    sharing = AttentionSharing.from_state_dict(random_file(2, control=True)).folded()
+    sharing = random_sharing(2, control=True)
     merging = [
         ("attn1_patch", lambda n, context, value, extra: (n[:, :14].unflatten(1, (7, 2)).mean(2), context, value)),
         ("attn1_output_patch", lambda n, extra: F.pad(n.repeat_interleave(2, dim=1), (0, 0, 0, 1))),
@@ -166,7 +165,7 @@ def test_control_and_merged_tokens_go_together():
 def test_another_extension_s_attention_gets_our_q_k_and_v_of_the_whole_batch(frames):
     """Perturbed attention guidance answers with v, StyleAlign mixes rows of the batch: both within a step only."""
     host, h, _ = layer("attn1")
-    sharing = AttentionSharing.from_state_dict(random_file(frames)).folded()
+    sharing = random_sharing(frames)
     own = Layer(sharing.units("attn1")[("middle", 0)], host, 1.0, h)
     lists = sharing_lists(host, sharing, always())
     perturbed = run_layer(host, lists, "attn1", h, h, ("middle", 0), lambda q, k, v, extra: v.flip(0))
@@ -177,7 +176,7 @@ def test_another_extension_s_attention_gets_our_q_k_and_v_of_the_whole_batch(fra
 def test_what_was_made_of_the_host_s_weights_is_made_again_when_they_change():
     """Another extension may have the host merge a LoRA in the middle of sampling."""
     host, h, _ = layer("attn1")
-    sharing = AttentionSharing.from_state_dict(random_file(2)).folded()
+    sharing = random_sharing(2)
     lists = in_lists(attention_patches(Layers(sharing, dict.fromkeys(NAMES, host), 1.0, lambda: host.loras), always()))
     for host.loras in ("none", "one"):
         host.to_q.weight += 1
@@ -188,7 +187,7 @@ def test_what_was_made_of_the_host_s_weights_is_made_again_when_they_change():
 def test_a_text_is_read_once_for_as_long_as_it_is_the_same():
     """Hosts hand every step an object of its own."""
     host, h, text = layer("attn2")
-    sharing = AttentionSharing.from_state_dict(random_file(1)).folded()
+    sharing = random_sharing(1)
     lists = sharing_lists(host, sharing, always())
     lengths = []
     host.to_k.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
@@ -205,7 +204,7 @@ def test_a_text_is_read_once_for_as_long_as_it_is_the_same():
 @pytest.mark.parametrize("frames", [1, 2])
 def test_another_extension_s_attention_may_write_into_what_was_read_of_a_text(frames):
     host, h, text = layer("attn2")
-    sharing = AttentionSharing.from_state_dict(random_file(frames)).folded()
+    sharing = random_sharing(frames)
     lists = sharing_lists(host, sharing, always())
     before = run_layer(host, lists, "attn2", h, text, FIRST)
     run_layer(host, lists, "attn2", h, text, FIRST, lambda q, k, v, extra: q + k.zero_().sum() + v.zero_().sum())
@@ -214,7 +213,7 @@ def test_another_extension_s_attention_may_write_into_what_was_read_of_a_text(fr
 
 def test_nothing_is_made_before_it_is_used_and_nothing_is_left_afterwards():
     host, h, _ = layer("attn1")
-    sharing = AttentionSharing.from_state_dict(random_file(2)).folded()
+    sharing = random_sharing(2)
     layers = Layers(sharing, {("attn1", FIRST): host}, 1.0, lambda: 0)
     run_layer(host, in_lists(attention_patches(layers, never())), "attn1", h, h, FIRST)
     assert not layers.made
@@ -225,7 +224,7 @@ def test_nothing_is_made_before_it_is_used_and_nothing_is_left_afterwards():
 
 
 def test_host_computes_one_token_only_where_its_answer_is_not_used():
-    sharing = AttentionSharing.from_state_dict(random_file(1)).folded()
+    sharing = random_sharing(1)
     lists = in_lists(attention_patches(Layers(sharing, {}, 1.0, lambda: 0), always()))
     h = torch.randn(2, 5, WIDTH)
     lists["input_block_patch"][0](h, {})

@@ -506,6 +506,7 @@ def test_a_palette_keeps_its_alpha_beside_other_chunks():
 
 # --- whole files only ---
 
+
 def with_fewer_rows(depth: int) -> bytes:
     file = png_of_values(of_channels(0)[0][:32, :32], 0, depth=depth)
     return file[:16] + chunk(b"IHDR", file[16:20] + b"\0\0\0\x21" + file[24:29])[8:] + file[33:]

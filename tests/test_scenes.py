@@ -102,6 +102,6 @@ def test_a_folder_of_pictures_with_captions(tmp_path, with_layers):
         image = Image.open(tmp_path / "world" / f"{name}.png")
         assert image.size == (SIZE, SIZE)
         assert image.mode == ("RGB" if name.endswith((".bg", ".blend")) else "RGBA")
-    caption = (tmp_path / "world" / f"{names[0]}.txt").read_text().strip()
+    caption = (tmp_path / "world" / f"{names[0]}.txt").read_text(encoding="utf-8").strip()
     assert caption == scene(0, seed=1, held_out=True).caption
     assert Image.open(tmp_path / "world-sheet.png").size == (6 * SIZE, 2 * SIZE)

@@ -1,5 +1,6 @@
 """Decode and encode around tiny random networks, against the formulas written out plainly in numpy."""
 
+import sys
 import weakref
 
 import numpy as np
@@ -103,8 +104,8 @@ def test_orientations_together_answer_as_one_after_the_other(decoder, height, wi
 @pytest.mark.parametrize(
     ("side", "free", "expected"),
     [
-        (512, float("inf"), 4),  # as many as make BATCH_PIXELS
-        (2048, float("inf"), 1),
+        (512, sys.maxsize, 4),  # as many as make BATCH_PIXELS
+        (2048, sys.maxsize, 1),
         (512, 2 * 600 * 512 * 512 * 4, 2),
         (512, 0, 1),  # it must be tried
     ],
@@ -112,6 +113,11 @@ def test_orientations_together_answer_as_one_after_the_other(decoder, height, wi
 def test_as_many_pictures_at_once_as_there_is_memory_for(monkeypatch, side, free, expected):
     monkeypatch.setattr(vae, "free_memory", lambda device: free)
     assert vae.pictures_at_once(torch.empty(1, 3, side, side, device="meta"), torch.zeros(1)) == expected
+
+
+def test_where_torch_cannot_tell_how_much_memory_there_is_it_is_a_number_all_the_same():
+    """Shares of it are too, which those of infinity are not."""
+    assert vae.free_memory(torch.device("mps")) // 2**40 > 2**20
 
 
 def test_every_picture_of_a_batch_comes_out_as_it_does_alone(decoder):
@@ -193,7 +199,12 @@ def test_the_networks_maps_are_gone_when_the_median_is_taken(decoder, monkeypatc
 OUT_OF_MEMORY_ERRORS = {
     "CUDA": torch.cuda.OutOfMemoryError("CUDA out of memory."),
     "CPU": RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."),
+    "CPU of Windows": RuntimeError(
+        "[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 4 bytes."
+    ),
     "MPS": RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)."),
+    "MPS at once": RuntimeError("Invalid buffer size: 19.38 GB"),
+    "DirectML": RuntimeError("Could not allocate tensor with 4 bytes. There is not enough GPU video memory available!"),
     "cuDNN": RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
 }
 

@@ -11,7 +11,9 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 
+WINDOWS = os.name == "nt"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 # One after the other, until there is a browser that runs: Playwright's own may lack libraries of the system.
 INSTALLERS = (
@@ -46,6 +48,8 @@ def playwrights_own() -> str:
 
 def runs(path: str) -> bool:
     """Whether it starts here: the file may be there, and libraries that it needs not."""
+    if WINDOWS:  # where Chromium takes no notice of --version, and opens a window
+        return Path(path).is_file()
     with suppress(OSError, subprocess.TimeoutExpired):
         command = [path, "--version"]
         return subprocess.run(command, capture_output=True, timeout=START_LIMIT_S, check=False).returncode == 0

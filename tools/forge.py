@@ -22,7 +22,8 @@ from pathlib import Path
 
 EXTENSION = "sd-forge-layerdiffuse"
 CHECKOUT = Path(__file__).resolve().parents[1]
-VENV_PYTHON = "Scripts/python.exe" if os.name == "nt" else "bin/python"
+WINDOWS = os.name == "nt"
+VENV_PYTHON = "Scripts/python.exe" if WINDOWS else "bin/python"
 
 # The installation is taken as it is: nothing is installed, updated or downloaded.
 ALWAYS = ("--skip-install", "--skip-version-check", "--no-download-sd-model", "--no-hashing", "--api")
@@ -46,18 +47,20 @@ class Installation:
 
     @functools.cached_property
     def commit(self) -> str:
-        command = ["git", "-C", str(self.directory), "rev-parse", "HEAD"]
-        found = subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip()
-        return found or "unknown"
+        return answer("git", "-C", str(self.directory), "rev-parse", "HEAD") or "unknown"
 
     @functools.cached_property
     def has_gpu(self) -> bool:
-        command = [str(self.python), "-c", "import torch; print(torch.cuda.is_available())"]
-        return subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip() == "True"
+        return answer(str(self.python), "-c", "import torch; print(torch.cuda.is_available())") == "True"
 
     @property
     def device_arguments(self) -> tuple[str, ...]:
         return () if self.has_gpu else WITHOUT_GPU
+
+
+def answer(*command: str) -> str:
+    """What a program prints."""
+    return subprocess.run(command, check=False, capture_output=True, encoding="utf-8").stdout.strip()
 
 
 def find_installation(environment: Mapping[str, str] = os.environ) -> Installation:
@@ -81,7 +84,12 @@ def link(source: Path, target: Path) -> None:
         target.unlink()
     if target.exists():
         raise ForgeError(f"{target} is not a link: move it away, so that a link to {source} can take its place.")
-    target.symlink_to(source, target_is_directory=True)
+    try:
+        target.symlink_to(source, target_is_directory=True)
+    except OSError as error:
+        raise ForgeError(
+            f"{target} cannot be made a link ({error}): on Windows, switch on Developer Mode, which allows links."
+        ) from error
 
 
 def free_port() -> int:
@@ -92,8 +100,9 @@ def free_port() -> int:
 
 def stop_process(process: subprocess.Popen) -> None:
     """End the process and everything it started: politely first, then not."""
-    if os.name == "nt":
+    if WINDOWS:
         subprocess.run(["taskkill", "/T", "/F", "/PID", str(process.pid)], capture_output=True, check=False)
+        process.wait(STOP_LIMIT_S)  # until then its log cannot be deleted
         return
     for number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
@@ -127,7 +136,7 @@ class Server:
 
     def __enter__(self) -> "Server":
         started = time.monotonic()
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", **self.environment}
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8", **self.environment}
         environment.pop("COMMANDLINE_ARGS", None)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log:
@@ -210,6 +219,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("run", help="start Forge with this checkout, until Ctrl-C; other arguments go to Forge")
     _, passed_on = parser.parse_known_args()
+    sys.stdout.reconfigure(errors="replace")  # Forge's log may say what the terminal's code page has no letters for
     try:
         run(passed_on)
     except ForgeError as error:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict, TypeVar
 
@@ -180,18 +181,24 @@ MADE = {"scenes": transparent_scene, "pictures": opaque_picture}
 
 def shards(pattern: str, size: int) -> IterableDataset[Sample]:
     """In random order, without end, divided among workers and machines."""
-    return parts_of_shards(pattern, "png", "txt").map(lambda pair: sample(*pair, size))
+    return parts_of_shards(pattern, "png", "txt").map(partial(shard_sample, size))
 
 
 def layered_shards(pattern: str, size: int) -> IterableDataset[LayeredSample]:
     """As `shards`."""
-    names = [layer.value for layer in Layer]
-    parts = [f"{name}.{kind}" for name in names for kind in ("png", "txt")]
+    parts = [f"{layer.value}.{kind}" for layer in Layer for kind in ("png", "txt")]
+    return parts_of_shards(pattern, *parts).map(partial(layered_shard_sample, size))
 
-    def layered(found: Sequence[Any]) -> LayeredSample:
-        return {name: sample(*found[2 * i : 2 * i + 2], size) for i, name in enumerate(names)}
 
-    return parts_of_shards(pattern, *parts).map(layered)
+# Named functions, because Windows and macOS pickle a dataset for each worker.
+
+
+def shard_sample(size: int, parts: Sequence[Any]) -> Sample:
+    return sample(*parts, size)
+
+
+def layered_shard_sample(size: int, parts: Sequence[Any]) -> LayeredSample:
+    return {layer.value: sample(*parts[2 * i : 2 * i + 2], size) for i, layer in enumerate(Layer)}
 
 
 def parts_of_shards(pattern: str, *parts: str) -> Any:

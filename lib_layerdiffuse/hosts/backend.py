@@ -6,13 +6,12 @@ File and line in comments are of commit dfdcbab6.
 from __future__ import annotations
 
 import base64
-import ctypes
 import io
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from copy import copy
 from functools import wraps
 from itertools import cycle, zip_longest
@@ -52,6 +51,7 @@ from lib_layerdiffuse.hosts.base import Around, BaseModel
 from lib_layerdiffuse.hosts.changes import change, divert
 from lib_layerdiffuse.images import Box, ResizeMode, as_mask
 from lib_layerdiffuse.injection import Injection, WeightPatch, misfit
+from lib_layerdiffuse.memory import return_freed_memory
 from lib_layerdiffuse.methods import Family
 from lib_layerdiffuse.nets.attention_sharing import ATTENTIONS, BLOCKS, FoldedSharing
 from lib_layerdiffuse.patches import (
@@ -461,10 +461,7 @@ class BackendHost:
             del attributes["lora_loader"]
 
     def return_memory(self) -> None:
-        # glibc keeps what is freed for the thread that had it, and the API runs each job in another one: after some
-        # changes of weights these were gigabytes. Returning them takes some hundredths of a second.
-        with suppress(AttributeError, OSError):  # another libc
-            ctypes.CDLL(None).malloc_trim(0)
+        return_freed_memory()
 
     def infotexts(self, processed: Any) -> list[str]:
         return processed.infotexts[processed.index_of_first_image :]

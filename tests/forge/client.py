@@ -272,5 +272,5 @@ class Forge:
         """Keep the highest resident memory of the server so far; Linux only, and only while it runs."""
         status = Path(f"/proc/{self.server.process.pid}/status")
         if status.exists():
-            lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+            lines = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines() if ":" in line)
             self.peak_memory_gb = int(lines["VmHWM"].split()[0]) * 1024 / 1e9

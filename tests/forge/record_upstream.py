@@ -24,7 +24,7 @@ SERVER = "upstream"
 
 def commit(directory: Path) -> str:
     command = ["git", "-C", str(directory), "rev-parse", "HEAD"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout.strip()
 
 
 def record(upstream: Path) -> dict:

@@ -67,7 +67,7 @@ def sent(forge: Forge, kind: Kind) -> Answer:
 
 def private_mb(forge: Forge) -> float:
     """What the server has for itself: without the model files, which are mapped and can be dropped again."""
-    status = Path(f"/proc/{forge.server.process.pid}/status").read_text()
+    status = Path(f"/proc/{forge.server.process.pid}/status").read_text(encoding="utf-8")
     return int(dict(line.split(":", 1) for line in status.splitlines())["RssAnon"].split()[0]) / 1024
 
 

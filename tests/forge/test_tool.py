@@ -19,7 +19,7 @@ SILENT = "import time\ntime.sleep(60)\n"
 @pytest.fixture
 def stand_in(tmp_path):
     def make(program):
-        (tmp_path / "launch.py").write_text(program)
+        (tmp_path / "launch.py").write_text(program, encoding="utf-8")
         return Installation(tmp_path, Path(sys.executable))
 
     return make
@@ -69,7 +69,7 @@ def test_run_ends_with_forge_on_ctrl_c(stand_in, tmp_path):
         command,
         env=environment,
         stdout=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells have background jobs ignore it
     )
     lines = []

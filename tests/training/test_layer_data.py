@@ -19,7 +19,7 @@ SIZE = 64
 def chosen(tmp_path):
     torch.manual_seed(0)
     write(tmp_path / "data", 2, seed=1, size=SIZE, held_out=False, with_layers=False)
-    (tmp_path / "data" / "000001.bg.txt").write_text("a striped background\n")
+    (tmp_path / "data" / "000001.bg.txt").write_text("a striped background\n", encoding="utf-8")
     MAKERS[Family.SD15](make_vae()).save_pretrained(tmp_path / "model")
     return Settings(str(tmp_path / "data"), str(tmp_path / "model"), str(tmp_path / "out"), size=SIZE, steps=2)
 
@@ -38,8 +38,8 @@ def test_three_layers_that_belong_together(chosen, tmp_path):
         hidden = np.asarray(foreground.getchannel("A")) == 255
         if hidden.any():
             assert (np.asarray(background)[hidden] != np.asarray(foreground.convert("RGB"))[hidden]).any()
-    assert (out / "000001.bg.txt").read_text() == "a striped background\n"
-    assert (out / "000001.blend.txt").read_text().endswith(", a striped background\n")
+    assert (out / "000001.bg.txt").read_text(encoding="utf-8") == "a striped background\n"
+    assert (out / "000001.blend.txt").read_text(encoding="utf-8").endswith(", a striped background\n")
 
 
 def test_nothing_of_the_foreground_is_left_at_its_edge(chosen, tmp_path, monkeypatch):

@@ -2,14 +2,13 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from lib_layerdiffuse.__main__ import main
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.metrics import BACKGROUNDS, MOST_DB, compare, compare_folders, slope
 
@@ -75,9 +74,9 @@ def folders(tmp_path):
     return truth, result
 
 
-def test_folders_on_the_command_line(folders):
-    command = [sys.executable, "-m", "lib_layerdiffuse", "metrics", "--json", *map(str, folders)]
-    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def test_folders_on_the_command_line(folders, capsys):
+    main(["metrics", "--json", *map(str, folders)])
+    found = json.loads(capsys.readouterr().out)
     assert found["pictures"] == 2
     assert found["alpha mae"] == pytest.approx(127 / 255 / 2)
 

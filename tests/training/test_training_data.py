@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import tarfile
 
 import pytest
@@ -19,7 +20,7 @@ RED = (200, 10, 20, 128)
 def folder(tmp_path):
     for name in ("a", "b"):
         Image.new("RGBA", (96, 64), RED).save(tmp_path / f"{name}.png")
-        (tmp_path / f"{name}.txt").write_text(f"picture {name}\n")
+        (tmp_path / f"{name}.txt").write_text(f"picture {name}\n", encoding="utf-8")
     return tmp_path
 
 
@@ -33,7 +34,7 @@ def test_captions_beside_the_pictures(folder):
 
 def test_captions_in_a_table(folder):
     rows = [{"file_name": "b.png", "text": "first"}, {"file_name": "a.png", "text": "second"}]
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     assert [each["caption"] for each in open_source(str(folder), 32)] == ["first", "second"]
 
 
@@ -41,7 +42,7 @@ def test_what_is_missing_is_said(folder, tmp_path):
     (folder / "b.txt").unlink()
     with pytest.raises(ValueError, match=r"b\.png has no caption: put it into .*b\.txt"):
         open_source(str(folder), 32)
-    (folder / "metadata.jsonl").write_text('{"file_name": "c.png", "text": "x"}\n')
+    (folder / "metadata.jsonl").write_text('{"file_name": "c.png", "text": "x"}\n', encoding="utf-8")
     with pytest.raises(ValueError, match=r"names .*c\.png, which is not there"):
         open_source(str(folder), 32)
     (tmp_path / "empty").mkdir()
@@ -118,3 +119,12 @@ def test_shards(tmp_path):
         assert each["rgba"].shape == (4, 16, 16)
         alphas[each["caption"]] = round(each["rgba"][3].mean().item() * 255)
     assert alphas == {f"number {index}": 40 * index for index in range(6)}
+
+
+@pytest.mark.parametrize(
+    ("opened", "source"),
+    [(open_source, "00.tar"), (open_source, "scenes:1+pictures:1"), (open_layers, "00.tar"), (open_layers, "scenes:1")],
+)
+def test_what_is_opened_can_be_sent_to_workers(opened, source):
+    """As where a process cannot be forked: on Windows and macOS."""
+    pickle.dumps(opened(source, 16))

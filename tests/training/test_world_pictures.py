@@ -1,6 +1,6 @@
 """The tiny world's pictures: whether they really are transparent, and what they should be.
 
-`make test` looks at some of the captions, `make test-world` at all of them.
+`make test` looks at one picture of each material, `make test-full` at more.
 """
 
 from collections import defaultdict
@@ -21,7 +21,7 @@ from tests.training.world import HELD_OUT, SEED, SIZE, rgba_of, studio_of
 from training.scenes import COLOURS, layers, to_image
 
 STEPS = 15  # with a single pass of the decoder: little is lost, and much time saved
-FEW = range(16)
+FEW, MANY, ALL = range(6), range(16), range(64)  # each six of them have all materials
 SEEN = 0.15  # the share of colour from which a pixel belongs to a shape: glass may have as little as 0.2
 ALONE = ("sd15_transparent_attn", "xl_transparent_attn", "xl_transparent_conv")
 
@@ -86,8 +86,12 @@ def test_the_measures_say_yes_to_the_scenes_themselves():
     assert fmean(background_alphas(pairs)) <= 0.002
 
 
+def few_or(more):
+    return pytest.mark.parametrize("indices", [FEW, pytest.param(more, marks=pytest.mark.full)], ids=["few", "more"])
+
+
 @pytest.mark.parametrize("key", ALONE)
-@pytest.mark.parametrize("indices", [FEW, pytest.param(range(64), marks=pytest.mark.full)], ids=["few", "all"])
+@few_or(ALL)
 def test_alpha_is_that_of_the_shape_asked_for(key, indices):
     made = [foreground(key, index) for index in indices]
     pairs = [(alpha_of(each), coverage(each.opaque, HELD_OUT[index].colour)) for index, each in zip(indices, made)]
@@ -97,28 +101,30 @@ def test_alpha_is_that_of_the_shape_asked_for(key, indices):
 
 @pytest.mark.parametrize("key", ALONE)
 def test_without_weight_pictures_are_opaque(key):
-    for index in FEW[:4]:
+    for index in FEW[:1]:
         assert alpha_of(foreground(key, index, weight=0)).mean() >= 0.97
 
 
 @pytest.mark.parametrize("key", ALONE)
-def test_glass_and_glow_are_neither_opaque_nor_gone(key):
+@few_or(MANY)
+def test_glass_and_glow_are_neither_opaque_nor_gone(key, indices):
     """Of what is seen at all; most of what is solid is opaque."""
     found = defaultdict(list)
-    for index in FEW:
+    for index in indices:
         alpha = alpha_of(foreground(key, index))
         found[HELD_OUT[index].material].append(alpha[alpha > 0.05])
     seen = {material: torch.cat(of_all) for material, of_all in found.items()}
     for material in ("glass", "glowing"):
-        assert ((seen[material] > 0.1) & (seen[material] < 0.9)).float().mean() >= 0.7
+        assert ((seen[material] > 0.1) & (seen[material] < 0.9)).float().mean() >= 0.6
         assert seen[material].quantile(0.75) <= 0.75
     assert seen["solid"].quantile(0.75) >= 0.85
 
 
 @pytest.mark.parametrize("key", ALONE)
-def test_shapes_are_where_they_are_asked_for(key):
+@few_or(MANY)
+def test_shapes_are_where_they_are_asked_for(key, indices):
     """Within an eighth of the picture, where a third of it is what chance would give."""
-    centres = ((centre(alpha_of(foreground(key, index))), centre(rgba_of(HELD_OUT[index])[0, 3])) for index in FEW)
+    centres = ((centre(alpha_of(foreground(key, index))), centre(rgba_of(HELD_OUT[index])[0, 3])) for index in indices)
     assert fmean((a - b).norm().item() for a, b in centres) <= SIZE / 8
 
 
@@ -141,18 +147,32 @@ def layered(key, index):
     return {each.layer: each.image for each in together} | given
 
 
-@pytest.mark.parametrize("key", ["sd15_joint", "xl_everything"])
-def test_layers_belong_together(key):
+@pytest.mark.parametrize(
+    ("key", "count"),
+    [
+        ("sd15_joint", 2),
+        pytest.param("sd15_joint", 6, marks=pytest.mark.full),
+        pytest.param("xl_everything", 6, marks=pytest.mark.full),
+    ],
+)
+def test_layers_belong_together(key, count):
     """The foreground over the background is the blend that the model painted."""
-    found = [layered(key, index) for index in range(6)]
+    found = [layered(key, index) for index in range(count)]
     composed = [over(each[Layer.FG], each[Layer.BG]) for each in found]
     assert fmean(psnr(from_pil(a), from_pil(b[Layer.BLEND])) for a, b in zip(composed, found)) >= 24
 
 
-@pytest.mark.parametrize("key", ["sd15_bg2fg", "xl_bg2blefg"])
-def test_what_is_made_for_a_background_follows_it(key):
+@pytest.mark.parametrize(
+    ("key", "count"),
+    [
+        ("xl_bg2blefg", 3),
+        pytest.param("xl_bg2blefg", 6, marks=pytest.mark.full),
+        pytest.param("sd15_bg2fg", 6, marks=pytest.mark.full),
+    ],
+)
+def test_what_is_made_for_a_background_follows_it(key, count):
     """Of all backgrounds given, each blend comes nearest to its own."""
-    found = [layered(key, index) for index in range(6)]
+    found = [layered(key, index) for index in range(count)]
     for each in found:
         distances = [psnr(from_pil(each[Layer.BLEND]), from_pil(other[Layer.BG])) for other in found]
         assert max(distances) == psnr(from_pil(each[Layer.BLEND]), from_pil(each[Layer.BG]))

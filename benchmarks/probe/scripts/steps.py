@@ -82,7 +82,7 @@ class Step:
         line = {"operations": self.counter.operations} if self.counts else {"seconds": seconds}
         if torch.cuda.is_available():
             line["device_bytes"] = torch.cuda.max_memory_allocated()
-        with Path(FILE).open("a") as file:
+        with Path(FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 

@@ -35,7 +35,7 @@ def statistics(latent: torch.Tensor) -> dict:
 
 def record(samples, seeds) -> None:
     lines = [json.dumps({"seed": seed, **statistics(latent)}) for seed, latent in zip(seeds, samples)]
-    with Path(os.environ["LAYERDIFFUSE_PROBE"]).open("a") as file:
+    with Path(os.environ["LAYERDIFFUSE_PROBE"]).open("a", encoding="utf-8") as file:
         file.writelines(line + "\n" for line in lines)
 
 
