@@ -105,8 +105,7 @@ def test_attention_in_tiles(frames):
             return super().forward(h, *(x.reshape(len(h), -1, x.shape[2]) for x in (context, value)))
 
     host, h = TilingHost(WIDTH), torch.randn(8, 15, WIDTH)
-    sd = random_file(frames)
-    sharing = AttentionSharing.from_state_dict(sd).folded()
+    sd, sharing = random_file(frames), random_sharing(frames)
     lists = sharing_lists(
         host,
         sharing,
