@@ -53,7 +53,7 @@ class Part:
             self._lock_file.touch()  # says why where it cannot be made; a lock may just count as taken
             self._lock = self._lock or lock_of(self._lock_file)
             if locked(self._lock):
-                self.etag = strong(self._etag_file.read_text("ascii", "replace")) if self._etag_file.exists() else ""
+                self.etag = strong(self._etag_file.read_text(encoding="ascii", errors="replace")) if self._etag_file.exists() else ""
                 return True
             self._locks = self._locks or has_locks(self._lock_file)
             if not self._locks:
@@ -67,7 +67,7 @@ class Part:
             self._opened().truncate(0)
             self.etag = etag
             if etag:
-                self._etag_file.write_text(etag, "ascii")
+                self._etag_file.write_text(etag, encoding="ascii")
             else:
                 self._etag_file.unlink(missing_ok=True)
 

@@ -222,7 +222,7 @@ def test_files_do_not_wait_for_each_other(slow: Mirror, downloads: Downloads, tm
 def test_a_folder_that_cannot_be_used_is_said_and_raises_nothing_else(
     mirror: Mirror, tmp_path: Path, name: str
 ) -> None:
-    (tmp_path / "file").write_text("a file", "utf-8")
+    (tmp_path / "file").write_text("a file", encoding="utf-8")
     downloads = Downloads(lambda: [tmp_path / name])
     assert (state(downloads), downloads.status(FILE).received) == (State.MISSING, 0)
     with pytest.raises(LayerDiffuseError, match="cannot be written to"):

@@ -64,7 +64,7 @@ def part_of(folder: Path, content: bytes | None = None, etag: str = "") -> Path:
         folder.mkdir(parents=True)
         path.write_bytes(content)
     if etag:
-        path.with_name(f"{path.name}.etag").write_text(etag, "ascii")
+        path.with_name(f"{path.name}.etag").write_text(etag, encoding="ascii")
     return path
 
 
@@ -505,7 +505,7 @@ def raising(error: Exception) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("name", ["file/layer_model", "x" * 300, "nul\0l"], ids=["below a file", "long", "NUL"])
 def test_a_folder_that_cannot_be_made(mirror: Mirror, tmp_path: Path, name: str) -> None:
-    (tmp_path / "file").write_text("a file", "utf-8")
+    (tmp_path / "file").write_text("a file", encoding="utf-8")
     folder = tmp_path / name
     message = refusal(folder)
     assert f"{folder} cannot be written to" in message
