@@ -104,16 +104,18 @@ class Client(Request):
         self._gone = threading.Event()
 
     async def stream(self) -> AsyncIterator[bytes]:
+        """What is too much is received too, as a client hears nothing while it sends, but not kept."""
         marks = 0
         async for chunk in super().stream():
             marks += sum(map(chunk.count, MARKS))
-            if marks > MAX_MARKS:  # before parsing, which holds up the whole program
-                raise HTTPException(
-                    413,
-                    f"The request has more than {MAX_MARKS:,} values. Send each picture as one text in base64, and up "
-                    f"to {MAX_LAYERS} layers.",
-                )
-            yield chunk
+            if marks <= MAX_MARKS:
+                yield chunk
+        if marks > MAX_MARKS:  # before parsing, which holds up the whole program
+            raise HTTPException(
+                413,
+                f"The request has more than {MAX_MARKS:,} values. Send each picture as one text in base64, and up "
+                f"to {MAX_LAYERS} layers.",
+            )
 
     async def receive_all(self) -> None:
         """Wait for the body, but not for ever."""

@@ -568,10 +568,21 @@ def body_of(values):
     return json.dumps(values).encode()
 
 
-def test_a_body_of_too_many_values_is_not_waited_for(host):
-    wire = Wire(app_of(host), "compose", [b'{"layers": ['] + [b"{}," * 2**14] * 64)
+def test_a_body_of_too_many_values_is_received_and_not_kept(host, monkeypatch):
+    """Its client hears why when it has sent all of it: many hear nothing before."""
+    kept = []
+
+    async def stream(client):
+        async for chunk in of_client(client):
+            kept.append(chunk)
+            yield chunk
+
+    of_client = api_guards.Client.stream
+    monkeypatch.setattr(api_guards.Client, "stream", stream)
+    first = b'{"layers": ['
+    wire = Wire(app_of(host), "compose", [first] + [b"{}," * 2**14] * 64)
     assert wire.ask() == 413
-    assert len(wire.pieces) == 63
+    assert (wire.pieces, kept) == ([], [first])
 
 
 def test_a_body_that_does_not_come(host, monkeypatch):
