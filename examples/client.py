@@ -164,6 +164,7 @@ def result_of(given: argparse.Namespace) -> Result:
 
 def main() -> None:
     given = arguments()
+    sys.stdout.reconfigure(errors="replace")  # a terminal's code page may lack letters of a note or a file name
     try:
         if given.list_methods:
             for row in methods(given.url, given.auth):

@@ -5,10 +5,12 @@ import sys
 
 
 def return_freed_memory() -> None:
-    """glibc keeps what is freed for the thread that had it, and web UIs run each job in another one: after some changes
-    of weights these were gigabytes. Returning them takes some hundredths of a second. Other systems need no such call.
+    """Where the C library would keep it, as glibc does for the thread that had it.
+
+    A web UI's API runs each job in another thread: after some changes of weights these were gigabytes. It takes some
+    hundredths of a second.
     """
-    if sys.platform != "linux":  # on Windows, asking for the C library like this raises TypeError
+    if sys.platform != "linux":  # on Windows, ctypes raises TypeError where a library has no name
         return
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # musl has none
         trim(0)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from examples import client
 from lib_layerdiffuse.memory import return_freed_memory
 from tools import browser, forge
 
@@ -73,14 +74,22 @@ def test_on_windows_a_stopped_process_has_ended(monkeypatch):
     assert done == ["taskkill", "wait"]
 
 
-def test_a_log_is_shown_on_terminals_that_lack_its_letters(monkeypatch):
+@pytest.mark.parametrize(
+    ("program", "words", "worker"), [(forge, ["run"], "run"), (client, ["a glass bottle"], "result_of")]
+)
+def test_texts_are_shown_on_terminals_that_lack_their_letters(monkeypatch, program, words, worker):
     terminal = io.TextIOWrapper(io.BytesIO(), "cp1252")
+
+    def work(_):
+        terminal.write("a glass bottle, 玻璃瓶\n")
+        return client.Result([], [])
+
     monkeypatch.setattr(sys, "stdout", terminal)
-    monkeypatch.setattr(sys, "argv", ["forge.py", "run"])
-    monkeypatch.setattr(forge, "run", lambda arguments: terminal.write("a glass bottle, 玻璃瓶"))
-    forge.main()
+    monkeypatch.setattr(sys, "argv", ["program", *words])
+    monkeypatch.setattr(program, worker, work)
+    program.main()
     terminal.flush()
-    assert terminal.buffer.getvalue().decode("cp1252") == "a glass bottle, ???"
+    assert terminal.buffer.getvalue().decode("cp1252").splitlines() == ["a glass bottle, ???"]
 
 
 def test_on_windows_no_browser_is_started_to_see_whether_it_runs(monkeypatch, tmp_path):
