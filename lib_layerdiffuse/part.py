@@ -53,7 +53,8 @@ class Part:
             self._lock_file.touch()  # says why where it cannot be made; a lock may just count as taken
             self._lock = self._lock or lock_of(self._lock_file)
             if locked(self._lock):
-                self.etag = strong(self._etag_file.read_text(encoding="ascii", errors="replace")) if self._etag_file.exists() else ""
+                if self._etag_file.exists():
+                    self.etag = strong(self._etag_file.read_text(encoding="ascii", errors="replace"))
                 return True
             self._locks = self._locks or has_locks(self._lock_file)
             if not self._locks:

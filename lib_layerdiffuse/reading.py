@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import io
-import string
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFile
 
+from lib_layerdiffuse.encoding import decoded
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.png import SIGNATURE, Png
 from lib_layerdiffuse.profiles import to_srgb
@@ -90,7 +89,7 @@ def can_be_transparent(image: Image.Image) -> bool:
 def _opened(raw: Any, most: int) -> Opened:
     if isinstance(raw, np.ndarray):
         raw = Image.fromarray(raw)
-    data = _unread(raw) if isinstance(raw, Image.Image) else _bytes(raw)
+    data = _unread(raw) if isinstance(raw, Image.Image) else raw if isinstance(raw, bytes) else decoded(raw)
     if data is None:
         return Opened(narrowed(raw), raw.info.get("icc_profile"), _orientation(raw))
     png = Png.of(data) if data.startswith(SIGNATURE) else None
@@ -113,13 +112,6 @@ def _unread(image: Image.Image) -> bytes | None:
     data: bytes = file.read()
     file.seek(place)
     return data
-
-
-def _bytes(raw: Any) -> bytes:
-    if isinstance(raw, bytes):
-        return raw
-    data = raw.partition(",")[2] if raw.startswith("data:") else raw
-    return base64.b64decode(data.encode().translate(None, string.whitespace.encode()), validate=True)
 
 
 def _image(data: bytes, most: int) -> Image.Image:

@@ -591,7 +591,7 @@ def test_an_array_is_its_pixels(mode):
         np.zeros((2, 3, 5), np.uint8),
         Image.new("RGB", (0, 0)),
     ],
-    ids=repr,
+    ids=lambda raw: type(raw).__name__,
 )
 def test_there_is_one_exception_for_what_is_none(raw):
     with pytest.raises(ValueError, match="not an image"):
