@@ -509,9 +509,10 @@ def test_a_palette_keeps_its_alpha_beside_other_chunks():
 
 @each_way
 @pytest.mark.parametrize("depth", [8, 16])
-def test_a_png_of_which_the_pixels_are_cut_under_a_right_checksum_is_refused(depth, read, tmp_path):
+@pytest.mark.parametrize("rest", [b"", b"junk" * 20], ids=["cut", "junk"])
+def test_a_png_of_damaged_pixels_under_a_right_checksum_is_refused(rest, depth, read, tmp_path):
     start, _, pixels_and_end = png_of_values(SIXTEEN[:32, :32, None] % 256, 0, depth=depth).partition(b"IDAT")
-    file = start[:-4] + chunk(b"IDAT", pixels_and_end[:40]) + chunk(b"IEND", b"")
+    file = start[:-4] + chunk(b"IDAT", pixels_and_end[:40] + rest) + chunk(b"IEND", b"")
     with pytest.raises((ValueError, LayerDiffuseError)):
         read(file, tmp_path)
 
