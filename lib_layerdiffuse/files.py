@@ -55,7 +55,7 @@ def reading(path: str | Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise LayerDiffuseError(f"There is no file {path}.") from error
+        raise LayerDiffuseError(f"No such file: {path}. Choose one that is there.") from error
     except OSError as error:
         raise LayerDiffuseError(f"{path} cannot be read: {error.strerror or error}.") from error
 

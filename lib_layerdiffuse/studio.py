@@ -199,12 +199,12 @@ def problems(job: Job, request: Request | None) -> Iterator[str]:
     for name, side in (("width", job.width), ("height", job.height)):
         if side and (side < SMALLEST or side % LATENT_STRIDE):
             yield f"The {name} is {side}. Choose one from {SMALLEST} that {LATENT_STRIDE} divides."
-    if job.count < 1:
-        yield f"The count is {job.count}. Choose at least one picture."
+    if job.count < 1 or job.steps < 1:
+        yield f"{job.count} pictures of {job.steps} steps were asked for. Choose at least one of each."
+    if job.steps > MOST_STEPS:
+        yield f"{job.steps} steps were asked for. Choose at most {MOST_STEPS}."
     if (pixels := rows * (job.width or SMALLEST) * (job.height or SMALLEST)) > MAX_PIXELS:
         yield f"All pictures have {pixels:,} pixels, and {MAX_PIXELS:,} is the limit. Choose a smaller size or count."
-    if not 1 <= job.steps <= MOST_STEPS:
-        yield f"There are {job.steps} steps. Choose 1 to {MOST_STEPS}."
     if not 0 <= job.seed <= SEEDS - rows:
         yield f"The seed is {job.seed}. Choose one from 0 to {SEEDS - rows}."
     if not isfinite(job.cfg):

@@ -21,10 +21,12 @@ from lib_layerdiffuse.images import can_be_transparent, from_pil, over, to_pil
 from lib_layerdiffuse.methods import Family, Layer
 from lib_layerdiffuse.notes import alpha_note, notes
 from lib_layerdiffuse.request import Request
-from lib_layerdiffuse.vae import check_sizes
+from lib_layerdiffuse.tensors import Latent, Rgb
+from lib_layerdiffuse.vae import LATENT_STRIDE
 
 ANOTHER_SEED = -1  # as web UIs ask for it
 USUAL_SEEDS = 2**32  # of web UIs
+TRANSPARENT = "a picture with transparency"
 
 
 def run(words: Sequence[str] | None) -> None:
@@ -133,15 +135,24 @@ def decode(arguments: argparse.Namespace) -> dict[str, Any]:
     latent = latents.read(arguments.latent)
     targets = numbered(arguments.picture, len(latent))
     for target in targets:
-        check_target(target, LOSSLESS, "a picture with its transparency", arguments.overwrite)
-    painted = from_pil(open_picture(arguments.painted).convert("RGB"))[None] if arguments.painted else None
-    if painted is not None:
-        check_sizes(painted, latent)
+        check_target(target, LOSSLESS, TRANSPARENT, arguments.overwrite)
+    painted = painted_of(arguments.painted, latent) if arguments.painted else None
     studio = open_studio(arguments, Family(arguments.family))
     for target, one in zip(targets, latent.split(1)):
         image = to_pil(studio.decode(one, painted, arguments.passes)[0])
         files.write({target: files.content_of(image, target.suffix)}, arguments.overwrite)
     return {"files": list(map(str, targets))}
+
+
+def painted_of(path: Path, latent: Latent) -> Rgb:
+    image = open_picture(path).convert("RGB")
+    height, width = (LATENT_STRIDE * side for side in latent.shape[2:])
+    if len(latent) > 1 or image.size != (width, height):
+        raise LayerDiffuseError(
+            f"{path} has {image.width}x{image.height} pixels, and the file of latents has {len(latent)} of "
+            f"{width}x{height}. Name the picture of a latent that is alone in its file, or leave out --painted."
+        )
+    return from_pil(image)[None]
 
 
 def numbered(path: Path, count: int) -> list[Path]:
@@ -151,8 +162,9 @@ def numbered(path: Path, count: int) -> list[Path]:
 
 def compose(arguments: argparse.Namespace) -> dict[str, Any]:
     foreground, background = open_picture(arguments.foreground), open_picture(arguments.background)
-    formats = LOSSLESS if can_be_transparent(background) else FOR_OPAQUE
-    check_target(arguments.blend, formats, "the blend of these", arguments.overwrite)
+    transparent = can_be_transparent(background)
+    formats = LOSSLESS if transparent else FOR_OPAQUE
+    check_target(arguments.blend, formats, TRANSPARENT if transparent else "a picture", arguments.overwrite)
     if foreground.size != background.size:
         raise LayerDiffuseError(
             f"{arguments.foreground} has {foreground.width}x{foreground.height} pixels and {arguments.background} "

@@ -234,7 +234,7 @@ class DiffusersHost:
         most = tokenizer.model_max_length - 2  # start and end take a place each
 
         def fits(text: str) -> bool:
-            return len(tokenizer.tokenize(text)) <= most
+            return len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) <= most
 
         columns = [in_chunks(text, fits) for text in (*prompts, negative)]
         found = [
@@ -282,7 +282,8 @@ def check_there(model: str | Path) -> None:
     if Path(model).exists() or (HUB_NAME.fullmatch(name) and not name.lower().endswith(MODEL_ENDINGS)):
         return
     raise LayerDiffuseError(
-        f"There is no file or folder {name}. Choose one that is there, or a name on Hugging Face, such as owner/name."
+        f"{name} cannot be loaded: there is no such file or folder. Choose one that is there, or name a model on "
+        "Hugging Face as owner/name."
     )
 
 
