@@ -34,7 +34,8 @@ BACKGROUNDS: Mapping[str, tuple[float, float, float]] = {
     "cyan": (0, 1, 1),
     "magenta": (1, 0, 1),
 }
-SMALLEST = 6  # pixels of a side: half the window of SSIM, which sees the picture mirrored around it
+# Pixels of a side: half of SSIM's window, which sees the picture mirrored around it; what AlexNet's strides make 1.
+SMALLEST = {"SSIM": 6, "LPIPS": 31}
 MOST_DB = 100.0  # PSNR of pictures that are equal, so that means stay numbers
 EDGE_SIGMA = 1.4  # pixels, of the Gaussian whose derivative finds edges
 
@@ -150,8 +151,9 @@ def compare_files(truth: Path, result: Path, lpips: bool = False) -> dict[str, f
     a, b = read(truth), read(result)
     if a.shape != b.shape:
         raise ValueError(f"{truth.stem} has {size(a)} pixels in {truth.parent} and {size(b)} in {result.parent}.")
-    if min(a.shape[2:]) < SMALLEST:
-        raise ValueError(f"{truth} has {size(a)} pixels, but SSIM needs {SMALLEST} on each side. Leave it out.")
+    figure = "LPIPS" if lpips else "SSIM"
+    if min(a.shape[2:]) < SMALLEST[figure]:
+        raise ValueError(f"{truth} has {size(a)} pixels, but {figure} needs {SMALLEST[figure]} a side. Leave it out.")
     return compare(a, b, lpips)
 
 

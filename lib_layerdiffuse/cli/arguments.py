@@ -60,7 +60,7 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     comparing = command("metrics", "how close transparent pictures come to others")
     comparing.add_argument("truth", type=Path, help="a picture, or a folder of them")
     comparing.add_argument("result", type=Path, help="the same, under the same names")
-    comparing.add_argument("--lpips", action="store_true", help="needs the network at its first use")
+    comparing.add_argument("--lpips", action="store_true", help="needs torchvision, and the network at its first use")
     return top
 
 

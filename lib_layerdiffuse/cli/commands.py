@@ -8,6 +8,7 @@ import logging
 import random
 import sys
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -178,4 +179,6 @@ def compose(arguments: argparse.Namespace) -> dict[str, Any]:
 def metrics(arguments: argparse.Namespace) -> dict[str, Any]:
     from lib_layerdiffuse.metrics import compare_folders
 
+    if arguments.lpips and not find_spec("torchvision"):
+        raise LayerDiffuseError("--lpips needs torchvision, which is not installed: pip install torchvision")
     return compare_folders(arguments.truth, arguments.result, arguments.lpips)

@@ -158,7 +158,8 @@ class DiffusersHost:
         """
         path = Path(model)
         more = {"torch_dtype": torch.float32, **more}  # or each part would have that of its file
-        check_there(model)
+        for each in filter(None, (model, more.get("config"))):
+            check_there(each)
         with loading(model):
             if path.is_file():
                 check_file(path, family)

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -165,11 +166,20 @@ def test_a_strength_that_leaves_one_step_is_enough(run, files, strength):
         (("--model", "old.png"), "no plain SD1.5 or SDXL checkpoint"),
         (("--model", "latent.safetensors"), "no plain SD1.5 or SDXL checkpoint"),
         (("--model", "."), ". cannot be loaded: "),
+        (("--model", "old.png", "--config", "nowhere"), "nowhere cannot be loaded: there is no such file or folder"),
     ],
 )
 def test_models_and_devices_that_are_not_there_are_said(run, files, words, sentence):
     found = refused(run, "generate", "--prompt", "x", *SMALL, *words)
     assert sentence in found and "repo" not in found.lower()
+
+
+def test_json_goes_without_progress(run, files):
+    logs = [import_module(f"{library}.utils.logging") for library in ("diffusers", "transformers")]
+    for each in logs:
+        each.enable_progress_bar()
+    run("encode", "picture.png", "new.safetensors")
+    assert not any(each.is_progress_bar_enabled() for each in logs)
 
 
 def test_a_name_on_hugging_face_is_asked_for_there(run, monkeypatch):

@@ -114,8 +114,10 @@ def test_two_pictures_of_one_name_are_not_compared_as_one(folders):
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (4, 4), (5, 64), (64, 5)])
 def test_pictures_too_small_for_a_figure_are_said(tmp_path, size):
     Image.new("RGBA", size).save(tmp_path / "small.png")
-    with pytest.raises(ValueError, match=rf"small\.png has {size[0]}x{size[1]} pixels, but SSIM needs 6"):
+    with pytest.raises(ValueError, match=rf"small\.png has {size[0]}x{size[1]} pixels, but SSIM needs 6 a side"):
         compare_folders(tmp_path, tmp_path)
+    with pytest.raises(ValueError, match="but LPIPS needs 31"):
+        compare_folders(tmp_path, tmp_path, lpips=True)
 
 
 def test_the_smallest_pictures_with_all_figures(tmp_path):
