@@ -117,13 +117,31 @@ def _shows(infotext: str) -> str:
 
 
 def save(pictures: list[Picture], output: Path) -> list[Path]:
-    """One under that name; several with a number, and with what they show. The ending is that of the file."""
+    """One under that name; several with a number, and with what they show. The ending is that of the file.
+
+    What is there already stays: the new one is then `bottle (2).png`.
+    """
     paths = []
     for number, picture in enumerate(pictures, 1):
         parts = [output.stem, *([str(number), picture.shows] if len(pictures) > 1 else [])]
-        paths.append(output.with_name("-".join(filter(None, parts)) + ENDINGS.get(picture.data[:2], ".png")))
-        paths[-1].write_bytes(picture.data)
+        path = output.with_name("-".join(filter(None, parts)) + ENDINGS.get(picture.data[:2], ".png"))
+        paths.append(write(picture.data, path))
     return paths
+
+
+def write(data: bytes, path: Path) -> Path:
+    """Whole or not at all, under that name or the next that is free. Answers where it is."""
+    free, number = path, 1
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.stem} ({number}){path.suffix}")
+    part = free.with_name(f"{free.name}.part")
+    try:
+        part.write_bytes(data)
+        part.replace(free)
+    finally:
+        part.unlink(missing_ok=True)
+    return free
 
 
 def size(text: str) -> tuple[int, int]:
@@ -178,6 +196,8 @@ def main() -> None:
             print(path)
     except (ServerError, OSError) as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)  # as shells say it
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also from a checkout that is not installed
 
-from lib_layerdiffuse.__main__ import WORLD_CFG, open_world, quieten
+from lib_layerdiffuse.cli.models import WORLD_CFG, open_world, quieten
 from lib_layerdiffuse.images import over
 from lib_layerdiffuse.methods import Family, Layer, find_method
 from lib_layerdiffuse.outputs import on_checkerboard

@@ -111,8 +111,16 @@ def flattened(image: Image.Image) -> Image.Image:
 
 
 def over(foreground: Image.Image, background: Image.Image) -> Image.Image:
-    """The foreground composed over the background of the same size, every value rounded once."""
-    return to_pil(compose(from_pil(foreground.convert("RGBA"))[None], over_grey(background))[0])
+    """The foreground composed over the background of the same size, every value rounded once.
+
+    RGBA where the background is transparent somewhere, else RGB.
+    """
+    color, cover = from_pil(foreground.convert("RGBA")).split([3, 1])
+    below, there = from_pil(background.convert("RGBA")).split([3, 1])
+    color = color * cover + below * there * (1 - cover)
+    alpha = cover + there * (1 - cover)
+    picture = torch.cat([color / alpha.clamp(min=SMALLEST_ALPHA), alpha])
+    return to_pil(picture[:3] if (there == 1).all() else picture)
 
 
 def blended(before: Image.Image, after: Image.Image, mask: Image.Image) -> Image.Image:

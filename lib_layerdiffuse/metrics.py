@@ -19,6 +19,7 @@ from torchmetrics.functional.image import (
     structural_similarity_index_measure,
 )
 
+from lib_layerdiffuse.files import LOSSLESS
 from lib_layerdiffuse.images import compose, from_pil
 from lib_layerdiffuse.reading import read_file
 from lib_layerdiffuse.tensors import Rgb, Rgba
@@ -34,9 +35,9 @@ BACKGROUNDS: Mapping[str, tuple[float, float, float]] = {
     "cyan": (0, 1, 1),
     "magenta": (1, 0, 1),
 }
-SUFFIXES = (".png", ".webp", ".tif", ".tiff")  # formats that can keep alpha without loss
+# Pixels of a side: half of SSIM's window, which sees the picture mirrored around it; what AlexNet's strides make 1.
+SMALLEST = {"SSIM": 6, "LPIPS": 31}
 MOST_DB = 100.0  # PSNR of pictures that are equal, so that means stay numbers
-LEAST_SIDE = 6  # pixels, of what SSIM compares: its window of 11 is mirrored at the edges
 EDGE_SIGMA = 1.4  # pixels, of the Gaussian whose derivative finds edges
 
 
@@ -109,46 +110,52 @@ def compare(truth: Rgba, result: Rgba, lpips: bool = False) -> dict[str, float]:
 
 def pictures(paths: Iterable[Path]) -> list[Path]:
     """Those of them that are pictures, in order."""
-    return sorted(path for path in paths if path.suffix.lower() in SUFFIXES)
+    return sorted(path for path in paths if path.suffix.lower() in LOSSLESS)
 
 
 def check_some(found: Collection[object], folder: Path) -> None:
     if not found:
-        raise ValueError(f"There are no pictures in {folder}: expected files ending in {', '.join(SUFFIXES)}.")
-
-
-def by_name(folder: Path) -> dict[str, Path]:
-    """The pictures in a folder, whatever their formats. Raises ValueError where two have one name."""
-    found: dict[str, Path] = {}
-    for path in pictures(folder.iterdir()):
-        if other := found.get(path.stem):
-            raise ValueError(
-                f"{folder} has {other.name} and {path.name}, which have one name. Leave one of them there."
-            )
-        found[path.stem] = path
-    return found
+        raise ValueError(f"There are no pictures in {folder}: expected files ending in {', '.join(LOSSLESS)}.")
 
 
 def read(path: Path) -> Rgba:
     return from_pil(read_file(path).convert("RGBA"))[None]
 
 
+def by_name(folder: Path) -> dict[str, Path]:
+    """The folder's pictures by their names without endings. Raises ValueError where two have the same."""
+    found: dict[str, Path] = {}
+    for path in pictures(folder.iterdir()):
+        if other := found.get(path.stem):
+            raise ValueError(f"{folder} has two pictures of one name, {other.name} and {path.name}. Keep one of them.")
+        found[path.stem] = path
+    return found
+
+
 def compare_folders(truth: Path, result: Path, lpips: bool = False) -> dict[str, float]:
-    """The means over all pictures. Raises ValueError where the folders do not belong together."""
+    """The means over all pictures, or the figures of two that are named themselves.
+
+    Raises ValueError where the two do not belong together.
+    """
+    if truth.is_file() and result.is_file():
+        return compare_files(truth, result, lpips) | {"pictures": 1}
     truths, results = by_name(truth), by_name(result)
     if missing := sorted(truths.keys() ^ results.keys()):
         raise ValueError(f"{truth} and {result} should have pictures of the same names; only one has {missing[0]}.")
     check_some(truths, truth)
-    of_each = []
-    for name, path in truths.items():
-        a, b = read(path), read(results[name])
-        if a.shape != b.shape:
-            raise ValueError(f"{name} has {size(a)} pixels in {truth} and {size(b)} in {result}.")
-        if min(a.shape[2:]) < LEAST_SIDE:
-            raise ValueError(f"{name} has {size(a)} pixels. Compare pictures of at least {LEAST_SIDE} on each side.")
-        of_each.append(compare(a, b, lpips))
+    of_each = [compare_files(path, results[name], lpips) for name, path in truths.items()]
     means = {key: fmean(one[key] for one in of_each) for key in of_each[0]}
     return means | {"pictures": len(of_each)}
+
+
+def compare_files(truth: Path, result: Path, lpips: bool = False) -> dict[str, float]:
+    a, b = read(truth), read(result)
+    if a.shape != b.shape:
+        raise ValueError(f"{truth.stem} has {size(a)} pixels in {truth.parent} and {size(b)} in {result.parent}.")
+    figure = "LPIPS" if lpips else "SSIM"
+    if min(a.shape[2:]) < SMALLEST[figure]:
+        raise ValueError(f"{truth} has {size(a)} pixels, but {figure} needs {SMALLEST[figure]} a side. Leave it out.")
+    return compare(a, b, lpips)
 
 
 def size(picture: Tensor) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from math import ceil, isfinite
 from pathlib import Path
 
 import torch
@@ -16,18 +16,20 @@ from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.hosts.diffusers import SAMPLERS, DiffusersHost, Sampling
 from lib_layerdiffuse.images import GREY, ResizeMode, compose, fit, from_pil, over_grey, to_pil
 from lib_layerdiffuse.injection import Injection, WeightPatch, load_injection
-from lib_layerdiffuse.methods import DECODERS, ENCODERS, Layer, find_method
+from lib_layerdiffuse.methods import DECODERS, ENCODERS, Layer, find_method, shortened
 from lib_layerdiffuse.nets.decoder import TransparentDecoder
 from lib_layerdiffuse.nets.encoder import TransparentEncoder
-from lib_layerdiffuse.notes import alpha_note, sampler_for
+from lib_layerdiffuse.notes import sampler_for
+from lib_layerdiffuse.reading import MAX_PIXELS
 from lib_layerdiffuse.request import Request
 from lib_layerdiffuse.tensors import Latent, Rgb, Rgba
 from lib_layerdiffuse.vae import LATENT_STRIDE, PASSES, TransparentVAE, check_encoded, check_painted
 from lib_layerdiffuse.weights import read_tensors
 
-log = logging.getLogger("layerdiffuse")
-
 MOST_PASSES = max(PASSES)
+SMALLEST = 64  # pixels of a side
+MOST_STEPS = 1000  # as many noise levels as the models know
+SEEDS = 2**64  # of torch
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Job:
     negative: str = ""
     seed: int = 0  # of the first picture; those of all others run on from it
     count: int = 1
-    width: int = 512  # in pixels
-    height: int = 512
+    width: int = 0  # in pixels; 0: what the model is used to
+    height: int = 0
     steps: int = 25
     cfg: float = 7.0
     sampler: str = "Euler a"
@@ -55,6 +57,7 @@ class Made:
     opaque: Image.Image  # what the model's own VAE shows of it
     layer: Layer | None
     latent: Latent  # of this picture alone
+    seed: int
 
 
 class Studio:
@@ -71,14 +74,14 @@ class Studio:
 
     def run(self, request: Request | None, job: Job) -> list[list[Made]]:
         """For each of the job's pictures, what belongs together. Raises LayerDiffuseError."""
-        check(job)
+        usual = self.host.usual_size
+        job = replace(job, width=job.width or usual, height=job.height or usual)
+        check(job, request)
         if request is None:
             return self._step(None, job)
         self._check_family(request)
         if not request.method.chain:
             return self._step(request, job)
-        if job.inits:
-            raise LayerDiffuseError(f"{request.method.label} runs several methods, which cannot start from a picture.")
         images: dict[Layer, Sequence[Image.Image]] = dict(request.images)
         runs: list[list[Made]] = []
         for step in request.method.chain:
@@ -91,6 +94,7 @@ class Studio:
 
     def encode(self, image: Image.Image) -> Latent:
         """The latent of a picture with its transparency in it, in VAE space."""
+        check_picture(image)
         rgba = from_pil(image.convert("RGBA"))[None]
         mean, deviation = self._posterior(compose(rgba, GREY))
         return mean + deviation * self.vae.encode(rgba).to(mean)
@@ -135,19 +139,15 @@ class Studio:
         with self._injected(request, job):
             latents = self.host.vae_latent(self.host.sample(sampling, start))
         passes = (request.passes if request else 0) or MOST_PASSES
-        made = [self._made(latent[None], layer, passes) for latent, layer in zip(latents, layers)]
+        made = [self._made(*row, passes) for row in zip(latents.split(1), layers, seeds)]
         return [made[i : i + len(outputs)] for i in range(0, len(made), len(outputs))]
 
-    def _made(self, latent: Latent, layer: Layer | None, passes: int) -> Made:
+    def _made(self, latent: Latent, layer: Layer | None, seed: int, passes: int) -> Made:
         painted = self.host.pixels(latent)
         check_painted(painted, latent)
         opaque = to_pil(painted[0])
-        if layer is not Layer.FG:
-            return Made(opaque, opaque, layer, latent)
-        image = to_pil(self.decode(latent, painted, passes)[0])
-        if note := alpha_note(image):
-            log.warning(note)
-        return Made(image, opaque, layer, latent)
+        image = to_pil(self.decode(latent, painted, passes)[0]) if layer is Layer.FG else opaque
+        return Made(image, opaque, layer, latent, seed)
 
     def _start(self, job: Job, layers: Sequence[Layer | None]) -> Latent:
         """What the rows of img2img start from, sampler space: transparency goes into those of foregrounds only."""
@@ -192,17 +192,47 @@ class Studio:
         return self.host.sampler_latent(torch.cat(latents, dim=1))
 
 
-def check(job: Job) -> None:
-    """Raises LayerDiffuseError where a job cannot be sampled."""
-    if job.width % LATENT_STRIDE or job.height % LATENT_STRIDE or min(job.width, job.height) < 64:
-        raise LayerDiffuseError(
-            f"The size is {job.width}x{job.height}. Choose a width and height from 64 that {LATENT_STRIDE} divides."
-        )
+def check(job: Job, request: Request | None = None) -> None:
+    """Raises LayerDiffuseError where a job cannot be sampled, as far as can be said without the model."""
+    for problem in problems(job, request):
+        raise LayerDiffuseError(problem)
+
+
+def problems(job: Job, request: Request | None) -> Iterator[str]:
+    rows = job.count * (request.method.frames if request else 1)
+    for name, side in (("width", job.width), ("height", job.height)):
+        if side and (side < SMALLEST or side % LATENT_STRIDE):
+            yield f"The {name} is {side}. Choose one from {SMALLEST} that {LATENT_STRIDE} divides."
     if job.count < 1 or job.steps < 1:
-        raise LayerDiffuseError(
-            f"{job.count} pictures of {job.steps} steps were asked for. Choose at least one of each."
-        )
+        yield f"{job.count} pictures of {job.steps} steps were asked for. Choose at least one of each."
+    if job.steps > MOST_STEPS:
+        yield f"{job.steps} steps were asked for. Choose at most {MOST_STEPS}."
+    if (pixels := rows * (job.width or SMALLEST) * (job.height or SMALLEST)) > MAX_PIXELS:
+        yield f"All pictures have {pixels:,} pixels, and {MAX_PIXELS:,} is the limit. Choose a smaller size or count."
+    if not 0 <= job.seed <= SEEDS - rows:
+        yield f"The seed is {job.seed}. Choose one from 0 to {SEEDS - rows}."
+    if not isfinite(job.cfg):
+        yield f"The CFG scale is {job.cfg}. Choose a number such as 7."
     if job.sampler not in SAMPLERS:
-        raise LayerDiffuseError(f"There is no sampler {job.sampler}. Choose one of {', '.join(SAMPLERS)}.")
-    if job.inits and not 0 < job.strength <= 1:
-        raise LayerDiffuseError(f"The strength is {job.strength:g}. Choose one above 0, up to 1.")
+        yield f"There is no sampler {job.sampler}. Choose one of {', '.join(SAMPLERS)}."
+    if not 0 < job.strength <= 1:
+        yield f"The strength is {job.strength:g}. Choose one above 0, up to 1."
+    if job.inits and job.steps * job.strength < 1:
+        yield (
+            f"A strength of {job.strength:g} leaves none of {job.steps} steps. Choose a strength of at least "
+            f"{1 / job.steps:.2g}, or at least {ceil(1 / job.strength)} steps."
+        )
+    if job.inits and request and request.method.chain:
+        yield f"{request.method.label} runs several methods, which cannot start from a picture."
+    for words in (job.prompt, job.negative):
+        if any("\ud800" <= letter <= "\udfff" for letter in words):
+            yield f"The prompt {shortened(words)} is not text in UTF-8. Write it anew."
+
+
+def check_picture(image: Image.Image) -> None:
+    """Raises LayerDiffuseError where the picture has no latent."""
+    if image.width % LATENT_STRIDE or image.height % LATENT_STRIDE:
+        raise LayerDiffuseError(
+            f"The picture has {image.width}x{image.height} pixels. Choose a width and height that {LATENT_STRIDE} "
+            "divides."
+        )

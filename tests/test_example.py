@@ -2,9 +2,12 @@
 
 import base64
 import json
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -38,6 +41,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.asked: list[tuple[str, Any, str | None]] = []  # path, body, authorisation
+        self.when_asked: Callable[[], object] = lambda: None
         self.answer(pictures("Steps: 1", files=(PNG, OPAQUE)))
 
     def answer(self, body: object, status: int = 200) -> None:
@@ -55,6 +59,7 @@ class Handler(BaseHTTPRequestHandler):
         text = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         asked = self.path, json.loads(text) if text else None, self.headers.get("Authorization")
         self.server.asked.append(asked)
+        self.server.when_asked()
         self.send_response(self.server.status)
         self.send_header("Content-Length", str(len(self.server.body)))
         self.end_headers()
@@ -74,10 +79,17 @@ def server() -> Iterator[Server]:
         running.shutdown()
 
 
-def client(url: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def started(url: str, folder: Path, *arguments: str, **options: Any) -> subprocess.Popen[str]:
     """Isolated: without what else is installed."""
     command = [sys.executable, "-I", "-S", str(CLIENT), "--url", url, *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", timeout=60, check=False)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=folder, encoding="utf-8", **pipes, **options)
+
+
+def client(url: str, folder: Path, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    with started(url, folder, *arguments, **options) as process:
+        said = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(process.args, process.returncode, *said)
 
 
 def lines_of(done: subprocess.CompletedProcess[str]) -> list[str]:
@@ -129,6 +141,34 @@ def test_layers_are_named_by_what_they_show_and_notes_are_printed(server: Server
     expected = {"set-1-foreground.png": PNG, "set-2-background.png": OPAQUE, "set-3-blend.jpg": JPG}
     assert lines_of(client(server.url, tmp_path, "a set", "-o", "set.png")) == ["Note: It was resized.", *expected]
     assert files_in(tmp_path) == expected
+
+
+def test_what_is_there_already_stays(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "bottle.png").write_bytes(b"old")
+    names = [line for _ in range(2) for line in lines_of(client(server.url, tmp_path, "a bottle", "-o", "bottle.png"))]
+    assert names == ["bottle (2).png", "bottle (3).png"]
+    assert files_in(tmp_path) == {"bottle.png": b"old", **dict.fromkeys(names, PNG)}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="it has no such limit")
+def test_a_full_disk_leaves_nothing_half_written(server: Server, tmp_path: Path) -> None:
+    import resource  # to fail in the middle of a file, as a full disk does
+
+    server.answer(pictures("Steps: 1", files=(PNG * 1000,)))
+    limits = (len(PNG) * 500, resource.RLIM_INFINITY)
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, limits)
+    done = client(server.url, tmp_path, "a bottle", preexec_fn=limit)
+    assert (done.returncode, done.stdout) == (1, "") and "File too large" in done.stderr
+    assert files_in(tmp_path) == {}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="it has no such signal")
+def test_ctrl_c_ends_it_without_a_traceback(server: Server, tmp_path: Path) -> None:
+    server.when_asked = lambda: process.send_signal(signal.SIGINT)
+    with started(server.url, tmp_path, "a bottle") as process:
+        said = process.communicate(timeout=60)
+    assert (process.returncode, *said) == (130, "", "")
+    assert files_in(tmp_path) == {}
 
 
 def test_a_batch_is_numbered(server: Server, tmp_path: Path) -> None:

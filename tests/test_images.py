@@ -279,6 +279,20 @@ def test_over_is_the_exact_formula_rounded_once(mode):
     assert np.array_equal(np.array(composed), (color * alpha + behind * (255 - alpha) + 127) // 255)
 
 
+@pytest.mark.parametrize(
+    ("foreground", "background", "expected"),
+    [
+        ((200, 0, 0, 0), (0, 90, 0, 0), (0, 0, 0, 0)),
+        ((200, 10, 0, 255), (0, 90, 0, 0), (200, 10, 0, 255)),
+        ((200, 10, 0, 0), (0, 90, 7, 77), (0, 90, 7, 77)),
+        ((200, 0, 0, 128), (0, 0, 100, 128), (133, 0, 33, 192)),  # of an alpha of 192, 128 parts and 64
+    ],
+)
+def test_over_a_transparent_background(foreground, background, expected):
+    composed = over(*(Image.new("RGBA", (1, 1), colour) for colour in (foreground, background)))
+    assert (composed.mode, composed.getpixel((0, 0))) == ("RGBA", expected)
+
+
 def test_an_opaque_foreground_covers_what_it_is_over():
     foreground = Image.new("RGB", (3, 2), (1, 2, 3))
     assert over(foreground, Image.new("RGB", (3, 2), (200, 200, 200))) == foreground

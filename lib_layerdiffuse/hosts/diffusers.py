@@ -5,9 +5,11 @@ Names and classes are those of diffusers 0.29 and newer.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from math import inf
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +37,7 @@ from lib_layerdiffuse.injection import Injection, WeightPatch, misfit
 from lib_layerdiffuse.methods import Family
 from lib_layerdiffuse.nets.attention_sharing import ATTENTIONS, BLOCKS, FoldedSharing
 from lib_layerdiffuse.patches import FIRST_BLOCK, Controls, Key, Layers, Switch, add_to_rows, condition_patch
+from lib_layerdiffuse.prompts import in_chunks
 from lib_layerdiffuse.tensors import Latent, Rgb, Tokens
 from lib_layerdiffuse.vae import LATENT_STRIDE
 
@@ -73,6 +76,11 @@ SAMPLERS = {
     "UniPC": UniPCMultistepScheduler,
 }
 AT_FIRST = {"block": FIRST_BLOCK}
+
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+MODEL_ENDINGS = (".safetensors", ".ckpt", ".gguf", ".pt", ".pth", ".bin")  # of single files; hub names may have dots
+
+EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
 @dataclass(frozen=True)
@@ -150,13 +158,13 @@ class DiffusersHost:
         """
         path = Path(model)
         more = {"torch_dtype": torch.float32, **more}  # or each part would have that of its file
-        try:
+        for each in filter(None, (model, more.get("config"))):
+            check_there(each)
+        with loading(model):
             if path.is_file():
                 check_file(path, family)
                 return cls(PIPELINES[family].from_single_file(str(model), **more))
             pipeline = DiffusionPipeline.from_pretrained(str(model), **more)
-        except (OSError, ValueError) as error:
-            raise LayerDiffuseError(f"{model} cannot be loaded: {error}") from error
         if not isinstance(pipeline, PIPELINES[family]):
             raise LayerDiffuseError(
                 f"{model} is a {type(pipeline).__name__}, but this needs {family.word}. Choose another model or method."
@@ -168,8 +176,9 @@ class DiffusersHost:
         """A model of the tiny world, both of which have one VAE. Raises LayerDiffuseError where it is not there."""
         if not (folder / family.value).is_dir():
             raise LayerDiffuseError(f"There is no model of {family.word} in {folder}. Name one with --model.")
-        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
-        return cls(PIPELINES[family].from_pretrained(folder / family.value, vae=vae, torch_dtype=torch.float32))
+        with loading(folder):
+            vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+            return cls(PIPELINES[family].from_pretrained(folder / family.value, vae=vae, torch_dtype=torch.float32))
 
     @property
     def usual_size(self) -> int:
@@ -208,14 +217,41 @@ class DiffusersHost:
             options = {"image": start.to(self.unet.device, self.unet.dtype), "strength": sampling.strength}
         pipeline.scheduler = SAMPLERS[sampling.sampler].from_config(pipeline.scheduler.config)
         return pipeline(
-            prompt=list(sampling.prompts),
-            negative_prompt=[sampling.negative] * len(sampling.prompts),
+            **self.embeddings(sampling.prompts, sampling.negative),
             num_inference_steps=sampling.steps,
             guidance_scale=sampling.cfg,
             generator=[torch.Generator().manual_seed(seed) for seed in sampling.seeds],
             output_type="latent",
             **options,
         ).images.float()
+
+    @torch.no_grad()
+    def embeddings(self, prompts: Sequence[str], negative: str) -> dict[str, Tensor]:
+        """What the pipeline takes in place of the words: long texts in chunks, one behind the other, as web UIs do.
+
+        What there is of a whole text (SDXL) is that of its first chunk.
+        """
+        tokenizer = self.pipeline.tokenizer
+        most = tokenizer.model_max_length - 2  # start and end take a place each
+
+        def fits(text: str) -> bool:
+            return len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) <= most
+
+        columns = [in_chunks(text, fits) for text in (*prompts, negative)]
+        found = [
+            self.pipeline.encode_prompt(
+                prompt=list(texts[:-1]),
+                negative_prompt=[texts[-1]] * len(prompts),
+                device=self.unet.device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=True,
+            )
+            for texts in zip_longest(*columns, fillvalue="")
+        ]
+        return {
+            name: chunks[0] if "pooled" in name else torch.cat(chunks, dim=1)
+            for name, chunks in zip(EMBEDDINGS, zip(*found))
+        }
 
     @contextmanager
     def inject(
@@ -239,6 +275,29 @@ class DiffusersHost:
             for hook in hooks:
                 afterwards.callback(hook.remove)
             yield
+
+
+def check_there(model: str | Path) -> None:
+    """Raises LayerDiffuseError where it is neither here nor could be a name on Hugging Face."""
+    name = str(model)
+    if Path(model).exists() or (HUB_NAME.fullmatch(name) and not name.lower().endswith(MODEL_ENDINGS)):
+        return
+    raise LayerDiffuseError(
+        f"{name} cannot be loaded: there is no such file or folder. Choose one that is there, or name a model on "
+        "Hugging Face as owner/name."
+    )
+
+
+@contextmanager
+def loading(model: str | Path) -> Iterator[None]:
+    """While open, whatever a damaged model makes the libraries raise is a sentence: they have many kinds of errors."""
+    try:
+        yield
+    except (ImportError, LayerDiffuseError):
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise LayerDiffuseError(f"{model} cannot be loaded: {reason}") from error
 
 
 def check_file(path: Path, family: Family) -> None:

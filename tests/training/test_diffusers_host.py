@@ -13,7 +13,7 @@ from lib_layerdiffuse.hosts.diffusers import DiffusersHost, Sampling, checkpoint
 from lib_layerdiffuse.injection import load_injection
 from lib_layerdiffuse.methods import METHODS, Family, find_method
 from training.injection import KINDS, InjectionSettings, start_from
-from training.tiny.models import MAKERS, make_tokenizer, make_vae
+from training.tiny.models import MAKERS, TOKENS, make_tokenizer, make_vae
 from training.trainer import save_halves
 
 SIDE = 8  # of latents
@@ -205,7 +205,7 @@ def test_the_vae_is_in_single_precision_whatever_the_unet_is():
 
 
 def test_models_that_are_not_there_or_of_the_other_family(tmp_path):
-    with pytest.raises(LayerDiffuseError, match="nowhere cannot be loaded"):
+    with pytest.raises(LayerDiffuseError, match="nowhere cannot be loaded: there is no such file"):
         DiffusersHost.load(tmp_path / "nowhere", Family.SD15)
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(LayerDiffuseError, match=r"no plain SD1\.5 or SDXL checkpoint"):
@@ -225,6 +225,40 @@ def test_seeds_are_of_each_picture():
         host.sample(replace(sampling, prompts=["a red disc"], seeds=[6])), both[1:], rtol=1e-3, atol=1e-3
     )
     assert not torch.equal(both[0], both[1])
+
+
+@pytest.mark.parametrize("family", Family)
+def test_words_are_read_as_diffusers_reads_them(family):
+    host = DiffusersHost(pipeline_of(family))
+    host.pipeline.set_progress_bar_config(disable=True)
+    prompts, negative = ["a red disc", "a blue star, at the left"], "grey"
+    found = host.sample(Sampling(prompts, [5, 6], negative, 64, 64, 2, 3.0, "Euler"))
+    expected = host.pipeline(
+        prompt=prompts,
+        negative_prompt=[negative] * 2,
+        width=64,
+        height=64,
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        generator=[torch.Generator().manual_seed(seed) for seed in (5, 6)],
+        output_type="latent",
+    )
+    assert torch.equal(found, expected.images)
+
+
+@pytest.mark.parametrize("family", Family)
+def test_long_words_are_read_in_chunks(family):
+    """Of 38 tokens here, each with its start and end; what is shorter is filled up with empty ones."""
+    host = DiffusersHost(pipeline_of(family))
+    parts = ["a red disc " * 12 + "a red", "disc " + "a blue star " * 12 + "at", "the left"]
+    whole = host.embeddings([" ".join(parts), "a ring"], "")
+    each = [host.embeddings([part, other], "") for part, other in zip(parts, ["a ring", "", ""])]
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        torch.testing.assert_close(whole[name], torch.cat([one[name] for one in each], dim=1))
+        assert whole[name].shape[:2] == (2, 3 * TOKENS)
+    for name in whole.keys() - {"prompt_embeds", "negative_prompt_embeds"}:
+        torch.testing.assert_close(whole[name], each[0][name])
+    assert len(whole) == (4 if family is Family.SDXL else 2)
 
 
 def test_the_tokenizer_knows_its_words_and_spells_others():

@@ -11,6 +11,7 @@ from PIL import Image
 from lib_layerdiffuse.__main__ import main
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.metrics import BACKGROUNDS, MOST_DB, compare, compare_folders, slope
+from tests.odd_files import bomb
 
 
 def rgba(alpha, colour=(0.2, 0.4, 0.6), side=32):
@@ -127,4 +128,40 @@ def test_folders_that_do_not_belong_together(folders):
         path.unlink()
     (result / "a.png").unlink()
     with pytest.raises(ValueError, match="There are no pictures"):
+        compare_folders(truth, result)
+
+
+def test_two_pictures_by_their_names(folders):
+    truth, result = folders
+    found = compare_folders(truth / "a.png", result / "a.png")
+    assert (found["pictures"], found["alpha mae"]) == (1, pytest.approx(127 / 255))
+
+
+def test_two_pictures_of_one_name_are_not_compared_as_one(folders):
+    truth, result = folders
+    for folder in folders:
+        Image.new("RGB", (16, 16)).save(folder / "a.webp")
+    with pytest.raises(ValueError, match=r"has two pictures of one name, a\.png and a\.webp"):
+        compare_folders(truth, result)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (4, 4), (5, 64), (64, 5)])
+def test_pictures_too_small_for_a_figure_are_said(tmp_path, size):
+    Image.new("RGBA", size).save(tmp_path / "small.png")
+    with pytest.raises(ValueError, match=rf"small\.png has {size[0]}x{size[1]} pixels, but SSIM needs 6 a side"):
+        compare_folders(tmp_path, tmp_path)
+    with pytest.raises(ValueError, match="but LPIPS needs 31"):
+        compare_folders(tmp_path, tmp_path, lpips=True)
+
+
+def test_the_smallest_pictures_with_all_figures(tmp_path):
+    Image.new("RGBA", (6, 6)).save(tmp_path / "small.png")
+    assert compare_folders(tmp_path, tmp_path)["ssim"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("content", "sentence"), [(b"no", "is no picture"), (bomb(20_000, 20_000), "has more than")])
+def test_pictures_that_cannot_be_read_are_said(folders, content, sentence):
+    truth, result = folders
+    (truth / "a.png").write_bytes(content)
+    with pytest.raises(LayerDiffuseError, match=rf"a\.png {sentence}"):
         compare_folders(truth, result)

@@ -8,60 +8,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lib_layerdiffuse import __main__ as program
 from lib_layerdiffuse.hosts.diffusers import DiffusersHost
 from lib_layerdiffuse.images import from_pil, over
-from lib_layerdiffuse.methods import DECODERS, ENCODERS, METHODS, Family, Layer, find_method
-from lib_layerdiffuse.nets.decoder import TransparentDecoder
-from lib_layerdiffuse.nets.encoder import TransparentEncoder
-from training.injection import KINDS, InjectionSettings
-from training.tiny.models import MAKERS, make_vae
-from training.trainer import save_halves
+from lib_layerdiffuse.methods import METHODS, Layer, find_method
 
 SIZE = 64
-SCALING = 0.5
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("world")
-    vae = make_vae()
-    vae.register_to_config(scaling_factor=SCALING)
-    vae.save_pretrained(folder / "vae")
-    for family, make in MAKERS.items():
-        pipeline = make(vae)
-        pipeline.save_pretrained(folder / family.value)
-    weights = folder / "weights"
-    weights.mkdir()
-    decoder = TransparentDecoder((8,) * 7, 2, [False] * 4 + [True] * 3, 3, 4, 4).state_dict()
-    encoder = TransparentEncoder([4, *(8,) * 8, 4]).state_dict()
-    save_halves(decoder, weights / DECODERS[Family.SDXL])
-    save_halves(encoder, weights / ENCODERS[Family.SDXL])
-    for method in METHODS:
-        if not method.chain:
-            pipeline = MAKERS[method.family](vae)
-            pipeline.unet.requires_grad_(False)
-            asked = InjectionSettings(data="", output="", model="", method=method.key, rank=4, signal=8)
-            net = KINDS[method.key](pipeline.unet, asked, method)
-            for weight in net.parameters():
-                if weight.requires_grad:
-                    weight.data += 0.05 * torch.randn_like(weight)
-            save_halves(net.tensors(), weights / method.weights)
-    return folder
-
-
-@pytest.fixture
-def run(world, monkeypatch, tmp_path, capsys):
-    """The command line in that world; its answer."""
-    monkeypatch.setattr(program, "WORLD", world)
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words):
-        program.main([*map(str, words), "--json"])
-        return json.loads(capsys.readouterr().out)
-
-    return run
 
 
 def generate(run, *more):
@@ -149,13 +100,14 @@ def test_img2img_keeps_what_a_low_strength_leaves(run, given):
     assert (latent - start).abs().mean() < (far - start).abs().mean()
 
 
-def test_transparency_goes_into_the_starts_of_foregrounds_only(run, given, monkeypatch):
+def test_transparency_goes_into_the_starts_of_foregrounds_only(run, world, given, monkeypatch):
+    scaling = json.loads((world / "vae" / "config.json").read_text(encoding="utf-8"))["scaling_factor"]
     starts = []
     monkeypatch.setattr(DiffusersHost, "sample", lambda self, sampling, start: starts.append(start) or start)
     generate(run, "--method", "sd15_joint", "--weight", 0, "--init", given[Layer.FG])
     run("encode", given[Layer.FG], "start.safetensors", "--family", "sd15")
     foreground, background, blend = starts[0]
-    torch.testing.assert_close(foreground, SCALING * load_file("start.safetensors")["latent"][0])
+    torch.testing.assert_close(foreground, scaling * load_file("start.safetensors")["latent"][0])
     assert torch.equal(background, blend)
     assert not torch.allclose(foreground, background)
 
@@ -168,9 +120,9 @@ def test_decoding_a_saved_latent_gives_the_same_picture(run):
 
 
 def test_compose(run, given):
-    run("compose", given[Layer.FG], given[Layer.BG], "blend.png")
+    run("compose", given[Layer.FG], given[Layer.BG], "composed.png")
     expected = over(Image.open(given[Layer.FG]), Image.open(given[Layer.BG]))
-    assert Image.open("blend.png").tobytes() == expected.tobytes()
+    assert Image.open("composed.png").tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -179,12 +131,12 @@ def test_compose(run, given):
         (("--method", "sd15_bg2fg"), "needs a background image"),
         (("--method", "xl_transparent"), "There is no method 'xl_transparent'"),
         (("--weight", "much"), "Weight .* is 'much'. Set it to a number from 0 to 2"),
-        (("--width", "100"), "The size is 100x64. Choose"),
+        (("--width", "100"), "The width is 100. Choose"),
         (("--sampler", "Oiler"), "There is no sampler Oiler. Choose one of Euler"),
         (("--fg-image", "nothing.png"), "No such file.*nothing.png"),
         (("--method", "xl_everything", "--init", "bg.png"), "cannot start from a picture"),
         (("--count", "0"), "0 pictures of 2 steps"),
-        (("--model", "nowhere"), "nowhere cannot be loaded"),
+        (("--model", "nowhere"), "nowhere cannot be loaded: there is no such file"),
     ],
 )
 def test_what_cannot_be_done_is_said(run, given, words, sentence):

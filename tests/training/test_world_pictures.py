@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lib_layerdiffuse.__main__ import WORLD_CFG, main
+from lib_layerdiffuse.__main__ import main
+from lib_layerdiffuse.cli.models import WORLD_CFG
 from lib_layerdiffuse.images import from_pil, over
 from lib_layerdiffuse.methods import Layer, find_method
 from lib_layerdiffuse.metrics import psnr

@@ -4,7 +4,7 @@ from functools import cache
 
 import torch
 
-from lib_layerdiffuse.__main__ import open_world
+from lib_layerdiffuse.cli.models import open_world
 from training.scenes import scene
 
 SEED = 1000  # no training saw it
