@@ -48,7 +48,6 @@ def say(stream: TextIO, line: str) -> None:
     """Also where the terminal has no letters for a file's name."""
     encoding = stream.encoding or "utf-8"
     stream.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-    stream.flush()
 
 
 def generate(arguments: argparse.Namespace) -> dict[str, Any]:
