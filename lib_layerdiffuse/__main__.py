@@ -30,7 +30,7 @@ def main(words: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FAILED)
     except ImportError as error:
-        sys.exit(f"{error}. Install what this command needs: pip install -r examples/requirements.txt")
+        sys.exit(f"{str(error).strip()}. Install what this command needs: pip install -r examples/requirements.txt")
     except OSError as error:
         sys.exit(f"{error.filename}: {error.strerror}." if error.filename else str(error))
     except (LayerDiffuseError, ValueError) as error:

@@ -138,8 +138,11 @@ def test_json_alone_is_on_stdout(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answer = {"files": ["a.png"], "notes": ["Something was done."]}
-    monkeypatch.setattr(commands, "compose", lambda arguments: answer)
-    commands.compose.__name__ = "compose"
+
+    def compose(arguments: object) -> dict[str, list[str]]:
+        return answer
+
+    monkeypatch.setattr(commands, "compose", compose)
     main(["compose", "a", "b", "c", "--json"])
     printed = capsys.readouterr()
     assert json.loads(printed.out) == answer
