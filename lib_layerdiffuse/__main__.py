@@ -19,15 +19,18 @@ def main(words: Sequence[str] | None = None) -> None:
     try:
         from lib_layerdiffuse.cli.commands import run
 
-        run(words)
+        try:
+            run(words)
+        finally:
+            sys.stdout.flush()  # here, where it can be said that nobody reads
     except KeyboardInterrupt:
         sys.stderr.write("\nStopped.\n")
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # who read the answer has gone, and what is left of it must not be tried again at the end
+    except BrokenPipeError:  # what was not read must not be tried again at the very end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FAILED)
     except ImportError as error:
-        sys.exit(f"{error}. Install what this command needs: pip install -r examples/requirements.txt")
+        sys.exit(f"{str(error).strip()}. Install what this command needs: pip install -r examples/requirements.txt")
     except OSError as error:
         sys.exit(f"{error.filename}: {error.strerror}." if error.filename else str(error))
     except (LayerDiffuseError, ValueError) as error:

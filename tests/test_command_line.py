@@ -130,6 +130,7 @@ def test_a_fault_of_ours_is_not_hidden(folder: Path, monkeypatch: pytest.MonkeyP
 def test_names_that_the_terminal_cannot_show_do_not_fail() -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", newline="\n")
     commands.say(stream, "图/\udcff.png")
+    stream.flush()
     assert stream.buffer.getvalue() == b"\\u56fe/\\udcff.png\n"  # type: ignore[attr-defined]
 
 
@@ -137,8 +138,11 @@ def test_json_alone_is_on_stdout(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answer = {"files": ["a.png"], "notes": ["Something was done."]}
-    monkeypatch.setattr(commands, "compose", lambda arguments: answer)
-    commands.compose.__name__ = "compose"
+
+    def compose(arguments: object) -> dict[str, list[str]]:
+        return answer
+
+    monkeypatch.setattr(commands, "compose", compose)
     main(["compose", "a", "b", "c", "--json"])
     printed = capsys.readouterr()
     assert json.loads(printed.out) == answer
@@ -148,16 +152,17 @@ def test_json_alone_is_on_stdout(
 # --- in a process of its own ---
 
 
-def started(folder: Path, torch: str = "", **more: object) -> subprocess.Popen[str]:
+COMPOSE = ("compose", "fg.png", "bg.png", "new.png")
+
+
+def started(folder: Path, *arguments: str, torch: str = "", **more: object) -> subprocess.Popen[str]:
     """A command in that folder. torch: what stands there in place of the library."""
     if torch:
         (folder / "torch.py").write_text(torch, encoding="utf-8")
-    words = [sys.executable, "-m", "lib_layerdiffuse", "compose", "fg.png", "bg.png", "new.png"]
-    paths = os.pathsep.join(map(str, [folder, ROOT]))
-    options = {"stdout": subprocess.PIPE, **more}
-    return subprocess.Popen(
-        words, cwd=folder, env=os.environ | {"PYTHONPATH": paths}, stderr=subprocess.PIPE, text=True, **options
-    )
+    words = [sys.executable, "-m", "lib_layerdiffuse", *arguments]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [folder, ROOT])), "PYTHONUNBUFFERED": ""}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more}
+    return subprocess.Popen(words, cwd=folder, env=environment, text=True, **options)
 
 
 WAITING = "import time; print('here', flush=True); time.sleep(60)"
@@ -175,7 +180,7 @@ time.sleep(60)
 @pytest.mark.parametrize("torch", [WAITING, IN_A_FINALIZER], ids=["importing", "in a finalizer"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_end_it_without_a_traceback(folder: Path, torch: str, number: int, code: int) -> None:
-    with started(folder, torch) as process:
+    with started(folder, *COMPOSE, torch=torch) as process:
         assert process.stdout and process.stdout.readline() == "here\n"
         process.send_signal(number)
         _, said = process.communicate(timeout=30)
@@ -185,7 +190,7 @@ def test_signals_end_it_without_a_traceback(folder: Path, torch: str, number: in
 
 
 def test_what_is_not_installed_is_said(folder: Path) -> None:
-    with started(folder, "raise ImportError('No module named torch')") as process:
+    with started(folder, *COMPOSE, torch="raise ImportError('No module named torch')") as process:
         _, said = process.communicate(timeout=30)
     assert process.returncode == 1
     assert said == (
@@ -194,11 +199,12 @@ def test_what_is_not_installed_is_said(folder: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a closed pipe is another error there")
-def test_a_reader_that_has_gone_is_no_fault(folder: Path) -> None:
+@pytest.mark.parametrize("words", [COMPOSE, ("--help",)])
+def test_a_reader_that_has_gone_is_no_fault(folder: Path, words: tuple[str, ...]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    with started(folder, stdout=writer) as process:
+    with started(folder, *words, stdout=writer) as process:
         os.close(writer)
         _, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (1, "")
-    assert (folder / "new.png").exists()
+    assert (folder / "new.png").exists() == ("new.png" in words)

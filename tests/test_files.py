@@ -108,15 +108,19 @@ def test_a_name_that_is_too_long_is_said(tmp_path: Path) -> None:
     assert names_in(tmp_path) == []
 
 
-def test_files_that_belong_together_take_the_next_free_name_together(tmp_path: Path) -> None:
-    stems = ["000007", "000007-2", "000007-3"]
-    for stem in stems:
+def test_files_that_belong_together_take_the_next_free_name_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried, real = [], files.write
+    monkeypatch.setattr(files, "write", lambda contents: tried.append(contents) or real(contents))
+    for stem in ("000007", "000007-2", "000007-3"):
         assert write_free(tmp_path, "000007", LAYERS) == [tmp_path / f"{stem}{ending}" for ending in LAYERS]
     (tmp_path / "000007-4-blend.png").write_bytes(OLD)  # one that is taken is enough
     assert write_free(tmp_path, "000007", LAYERS)[0] == tmp_path / "000007-5-fg.png"
     assert write_free(tmp_path, "000007", {".png": NEW}) == [tmp_path / "000007.png"]
     assert (tmp_path / "000007-4-blend.png").read_bytes() == OLD
     assert len(names_in(tmp_path)) == 4 * len(LAYERS) + 2
+    assert len(tried) == 5  # no name that is known to be taken
 
 
 def test_a_name_that_another_process_takes_meanwhile_is_left_to_it(

@@ -50,7 +50,6 @@ def say(stream: TextIO, line: str) -> None:
     """Also where the terminal has no letters for a file's name."""
     encoding = stream.encoding or "utf-8"
     stream.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-    stream.flush()
 
 
 def generate(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -141,9 +140,9 @@ def decode(arguments: argparse.Namespace) -> dict[str, Any]:
         check_target(target, LOSSLESS, TRANSPARENT, arguments.overwrite)
     painted = painted_of(arguments.painted, latent) if arguments.painted else None
     studio = open_studio(arguments, Family(arguments.family))
-    for target, one in zip(targets, latent.split(1)):
-        image = to_pil(studio.decode(one, painted, arguments.passes)[0])
-        files.write({target: files.content_of(image, target.suffix)}, arguments.overwrite)
+    images = [to_pil(studio.decode(one, painted, arguments.passes)[0]) for one in latent.split(1)]
+    contents = {target: files.content_of(image, target.suffix) for target, image in zip(targets, images)}
+    files.write(contents, arguments.overwrite)
     return {"files": list(map(str, targets))}
 
 

@@ -5,6 +5,7 @@ Names and classes are those of diffusers 0.29 and newer.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -40,6 +41,8 @@ from lib_layerdiffuse.patches import FIRST_BLOCK, Controls, Key, Layers, Switch,
 from lib_layerdiffuse.prompts import in_chunks
 from lib_layerdiffuse.tensors import Latent, Rgb, Tokens
 from lib_layerdiffuse.vae import LATENT_STRIDE
+
+LOG = logging.getLogger("layerdiffuse")
 
 PIPELINES = {Family.SD15: StableDiffusionPipeline, Family.SDXL: StableDiffusionXLPipeline}
 IMG2IMG = {Family.SD15: StableDiffusionImg2ImgPipeline, Family.SDXL: StableDiffusionXLImg2ImgPipeline}
@@ -160,7 +163,7 @@ class DiffusersHost:
         more = {"torch_dtype": torch.float32, **more}  # or each part would have that of its file
         for each in filter(None, (model, more.get("config"))):
             check_there(each)
-        with loading(model):
+        with loading(model if path.exists() else f"{model} (from Hugging Face, as it is not here)"):
             if path.is_file():
                 check_file(path, family)
                 return cls(PIPELINES[family].from_single_file(str(model), **more))
@@ -296,6 +299,7 @@ def loading(model: str | Path) -> Iterator[None]:
     except (ImportError, LayerDiffuseError):
         raise
     except Exception as error:
+        LOG.info("loading %s", model, exc_info=error)
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise LayerDiffuseError(f"{model} cannot be loaded: {reason}") from error
 

@@ -192,12 +192,18 @@ def test_a_name_on_hugging_face_is_asked_for_there(run, monkeypatch):
         assert asked.pop() == name
 
 
-def test_an_answer_of_no_numbers_is_said(run, files, monkeypatch):
+@pytest.mark.parametrize("more", [(), ("--plain",)])
+def test_an_answer_of_no_numbers_is_said(run, files, monkeypatch, more):
     sample = DiffusersHost.sample
     monkeypatch.setattr(DiffusersHost, "sample", lambda *words: sample(*words) * float("nan"))
     before = names_in(files)
-    assert "values that are no numbers" in refused(run, "generate", "--prompt", "x", *SMALL)
+    assert "values that are no numbers" in refused(run, "generate", "--prompt", "x", *SMALL, *more)
     assert names_in(files) == before
+
+
+def test_a_latent_that_the_model_cannot_show_is_said(run, files):
+    save_file({"latent": LATENT * 1e30}, "huge.safetensors")
+    assert "values that are no numbers" in refused(run, "decode", "huge.safetensors", "new.png")
 
 
 def test_a_full_disk_leaves_no_part_of_a_set(run, tmp_path, monkeypatch):
