@@ -74,8 +74,10 @@ def read_file(path: Path, most: int = MAX_PIXELS) -> Image.Image:
     """`read_image` of a file that a person named. Raises LayerDiffuseError."""
     try:
         return read_image(path, most)
+    except FileNotFoundError as error:
+        raise LayerDiffuseError(f"No such file: {path}. Choose one that is there.") from error
     except OSError as error:
-        raise LayerDiffuseError(f"{path} cannot be read: {error.strerror}.") from error
+        raise LayerDiffuseError(f"{path} cannot be read: {error.strerror or error}.") from error
     except REFUSALS as error:
         raise LayerDiffuseError(f"{path} {error}") from error
     except ValueError as error:

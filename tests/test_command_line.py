@@ -72,7 +72,7 @@ def test_compose(folder: Path, capsys: pytest.CaptureFixture[str], name: str, ki
         (("fg.png", "bg.png", "old.png/new.png"), "old.png is no folder"),
         (("fg.png", "large.png", "new.png"), "fg.png has 4x2 pixels and large.png 5x7. Make them of one size."),
         (("fg.png", "nothing.png", "new.png"), "No such file: nothing.png"),
-        (("no picture.png", "bg.png", "new.png"), "no picture.png is no picture that can be read"),
+        (("no picture.png", "bg.png", "new.png"), "no picture.png is not a whole picture"),
         (("fg.png", "bomb.png", "new.png"), "bomb.png has more than 100,000,000 pixels"),
         ((".", "bg.png", "new.png"), ". cannot be read: "),
     ],

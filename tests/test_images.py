@@ -285,7 +285,7 @@ def test_over_is_the_exact_formula_rounded_once(mode):
         ((200, 0, 0, 0), (0, 90, 0, 0), (0, 0, 0, 0)),
         ((200, 10, 0, 255), (0, 90, 0, 0), (200, 10, 0, 255)),
         ((200, 10, 0, 0), (0, 90, 7, 77), (0, 90, 7, 77)),
-        ((200, 0, 0, 128), (0, 0, 100, 128), (133, 0, 33, 192)),  # of an alpha of 192, 128 parts and 64
+        ((200, 0, 0, 128), (0, 0, 100, 128), (134, 0, 33, 192)),  # of an alpha of 192, 128 parts and 64
     ],
 )
 def test_over_a_transparent_background(foreground, background, expected):

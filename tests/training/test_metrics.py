@@ -159,7 +159,9 @@ def test_the_smallest_pictures_with_all_figures(tmp_path):
     assert compare_folders(tmp_path, tmp_path)["ssim"] == pytest.approx(1)
 
 
-@pytest.mark.parametrize(("content", "sentence"), [(b"no", "is no picture"), (bomb(20_000, 20_000), "has more than")])
+@pytest.mark.parametrize(
+    ("content", "sentence"), [(b"no", "is not a whole picture"), (bomb(20_000, 20_000), "has more than")]
+)
 def test_pictures_that_cannot_be_read_are_said(folders, content, sentence):
     truth, result = folders
     (truth / "a.png").write_bytes(content)

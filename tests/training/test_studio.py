@@ -46,13 +46,6 @@ def test_every_method_makes_its_layers(run, method, given):
     assert len({Image.open(row["file"]).tobytes() for row in made}) == len(made)
 
 
-def test_only_foregrounds_are_said_to_be_opaque(run, caplog, monkeypatch):
-    monkeypatch.setattr("lib_layerdiffuse.studio.alpha_note", lambda picture: f"The picture is {picture.mode}.")
-    generate(run, "--method", "sd15_joint", "--count", 2)
-    own = [text for name, _, text in caplog.record_tuples if name == "layerdiffuse"]
-    assert own == ["The picture is RGBA."] * 2
-
-
 @pytest.mark.parametrize(("method", "wrong"), [("pixels", "picture"), ("posterior", "latent")])
 @pytest.mark.parametrize("more", [["--plain"], ["--method", "sd15_bg2fg"]], ids=["plain", "layers"])
 def test_a_vae_that_answers_with_no_numbers_is_said(run, given, monkeypatch, method, wrong, more):
