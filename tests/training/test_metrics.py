@@ -99,9 +99,9 @@ def test_pictures_are_read_as_they_are_seen(folders):
 def test_pictures_that_cannot_be_compared_are_named(folders):
     truth, result = folders
     Image.new("RGB", (16, 16)).save(result / "a.webp")
-    with pytest.raises(ValueError, match=r"result has a\.png and a\.webp, which have one name"):
+    with pytest.raises(ValueError, match=r"result has two pictures of one name, a\.png and a\.webp"):
         compare_folders(truth, result)
-    with pytest.raises(ValueError, match=r"result has a\.png and a\.webp"):
+    with pytest.raises(ValueError, match=r"result has two pictures of one name"):
         compare_folders(result, truth)
     (result / "a.webp").unlink()
     (result / "a.png").write_bytes(b"junk")
@@ -135,14 +135,6 @@ def test_two_pictures_by_their_names(folders):
     truth, result = folders
     found = compare_folders(truth / "a.png", result / "a.png")
     assert (found["pictures"], found["alpha mae"]) == (1, pytest.approx(127 / 255))
-
-
-def test_two_pictures_of_one_name_are_not_compared_as_one(folders):
-    truth, result = folders
-    for folder in folders:
-        Image.new("RGB", (16, 16)).save(folder / "a.webp")
-    with pytest.raises(ValueError, match=r"has two pictures of one name, a\.png and a\.webp"):
-        compare_folders(truth, result)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (4, 4), (5, 64), (64, 5)])
