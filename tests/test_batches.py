@@ -1,7 +1,7 @@
 """A batch made to fit whole pictures."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib_layerdiffuse.batches import Row, fitted
@@ -57,6 +57,7 @@ def jobs(draw: st.DrawFn) -> tuple[list[str], int]:
     return draw(st.lists(st.sampled_from("ab"), min_size=count, max_size=count)), batch_size
 
 
+@settings(deadline=None)
 @given(jobs(), st.integers(1, 4))
 def test_every_row_of_a_job_is_in_whole_pictures(job: tuple[list[str], int], frames: int) -> None:
     prompts, batch_size = job
