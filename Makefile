@@ -2,8 +2,8 @@
 # make test              checks and unit tests, on the newest and the oldest versions of what the extension meets
 # make test-full         the unit tests with those that take minutes: more of the tiny world's pictures, training
 # make forge             this checkout inside an installed Forge; ARGS="…" goes to Forge
-# make forge-test        the tests that drive a real Forge; forge-test-full adds those that take minutes
-# make ui-test           the tests that use the panel in a browser, on a real Forge's page
+# make forge-test        tests that drive a real Forge, one of each kind; forge-test-full has all of them, for hours
+# make ui-test           tests that use the panel in a browser, on a real Forge's page; ui-test-full has all of them
 # make bench             what decoding and injection cost beside others, 20 minutes on two cores; bench-full takes hours
 # make clean             away with the environments and caches
 
@@ -26,7 +26,7 @@ endef
 .venv/%/ready: tests/requirements-%.txt
 	$(environment)
 
-.PHONY: demo test lint test-newest test-oldest test-full forge forge-test forge-test-full ui-test bench bench-full clean
+.PHONY: demo test lint test-newest test-oldest test-full forge forge-test forge-test-full ui-test ui-test-full bench bench-full clean
 .PRECIOUS: .venv/%/ready
 
 demo: .venv/demo/ready
@@ -53,15 +53,15 @@ forge:
 	$(PYTHON) tools/forge.py run $(ARGS)
 
 forge-test: .venv/forge/ready
-	.venv/forge/bin/python -m pytest tests/forge -m "not full"
+	.venv/forge/bin/python -m pytest tests/forge -m brief
 
 forge-test-full: .venv/forge/ready
-	.venv/forge/bin/python -m pytest tests/forge
+	.venv/forge/bin/python -m pytest tests/forge -m ""
 
 # The browser first: where there is none, it is installed.
-ui-test: .venv/page/ready
+ui-test ui-test-full: .venv/page/ready
 	.venv/page/bin/python tools/browser.py
-	.venv/page/bin/python -m pytest tests/page
+	.venv/page/bin/python -m pytest tests/page -m "$(if $(filter ui-test,$@),brief)"
 
 # Without a Forge (FORGE_DIR), decoding alone.
 bench: .venv/bench/ready

@@ -14,6 +14,7 @@ from statistics import median
 import pytest
 from PIL import Image
 
+from tests import brief
 from tests.forge import data
 from tests.forge.client import BASE_REQUEST, Forge
 from tools.forge import ForgeError, Installation, find_installation, free_port
@@ -30,7 +31,9 @@ PLAIN_JOBS = {
 started = pytest.StashKey[Forge]()
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    brief.mark([item for item in items if HERE in item.path.parents])
     items.sort(key=lambda item: HERE in item.path.parents and item.get_closest_marker("sdxl") is not None)
 
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image, ImageDraw
 from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
+from tests import brief
 from tests.forge import data
 from tests.forge.client import Forge
 from tests.forge.conftest import installation, replaced_layer_file  # noqa: F401 – fixtures
@@ -32,8 +33,10 @@ ARGUMENTS = (
 WINDOW = {"width": 1400, "height": 1350}
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What reloads the page of everybody comes last."""
+    brief.mark([item for item in items if item.path.parent.name == "page"])
     items.sort(key=lambda item: item.path.name == "test_language.py")
 
 
