@@ -192,7 +192,8 @@ def with_own_extras(original: Function) -> Function:
         before = json.loads(generation_info)["infotexts"][index]
         keeps_both = getattr(shared.opts, "hires_button_gallery_insert", False)
         replaced = () if keeps_both else [text_of_extra(before, name) for name in EXTRAS]
-        rows = [row for row in zip(shown, parameters["infotexts"]) if row[1] not in replaced]
+        texts = parameters["infotexts"]  # not of what other extensions show behind the pictures
+        rows = [row for row in zip_longest(shown, texts, fillvalue="") if row[1] not in replaced]
         new = next(text for item, text in rows if picture_of(item))
         for name, image in made[-1].extras.items():
             rows.append((captioned_as(image, EXTRAS[name].caption), text_of_extra(new, name)))
