@@ -146,8 +146,10 @@ def test_names_and_infotexts_say_what_a_picture_shows(forge):
     ends = [stem.partition("apple-")[2] for stem in stems]
     assert sorted(ends) == sorted(["fg", "bg", "blend", "fg-opaque"] * 2), stems
     shows = [re.search(r"LayerDiffuse shows: (\w+)", text)[1] for text in answer.infotexts]
-    assert shows == ["foreground", "background", "blend"] * 2
-    assert [re.search(r"Seed: (\d+)", text)[1] for text in answer.infotexts] == ["1"] * 3 + ["4"] * 3
+    assert shows == ["foreground", "background", "blend"] * 2 + ["foreground"] * 2
+    assert ["LayerDiffuse extra: opaque" in text for text in answer.infotexts] == [False] * 6 + [True] * 2
+    seeds = [re.search(r"Seed: (\d+)", text)[1] for text in answer.infotexts]
+    assert seeds == ["1"] * 3 + ["4"] * 3 + ["1", "4"]
     assert all(text.startswith("apple\n") and "foreground prompt: green" in text for text in answer.infotexts)
 
 
