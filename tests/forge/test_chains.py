@@ -47,8 +47,8 @@ def test_everything_from_a_prompt(forge, plain_pictures):
     by_hand = layerdiffuse(SDXL_FG_BLEND_TO_BG, stop=0.5, fg_image=fg, blend_image=blend, **prompts)
     assert same(forge.picture(by_hand, TINY, sampler_name="Euler a"), bg)
 
-    assert [setting(text, "Sampler") for text in answer.infotexts] == ["DPM++ 2M", "DPM++ 2M", "Euler a"]
-    assert [setting(text, "LayerDiffuse stop at") for text in answer.infotexts] == ["1.0", "1.0", "0.5"]
+    assert [setting(text, "Sampler") for text in answer.infotexts[:3]] == ["DPM++ 2M", "DPM++ 2M", "Euler a"]
+    assert [setting(text, "LayerDiffuse stop at") for text in answer.infotexts[:3]] == ["1.0", "1.0", "0.5"]
     assert "LayerDiffuse background prompt: wooden table" in answer.infotexts[2]
     assert "Euler a" in answer.notes
     saved = sorted(path.stem.partition("apple-")[2] for path in forge.saved_files() - before)
