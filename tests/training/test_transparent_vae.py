@@ -78,13 +78,12 @@ def test_what_it_writes_is_what_the_extension_reads(model, tmp_path, more):
 
 
 def test_a_run_goes_on_where_it_was(model, tmp_path):
-    train(settings(model, tmp_path / "at once", 4))
-    train(settings(model, tmp_path / "in two", 2))
-    state = tmp_path / "in two" / "state"
+    train(settings(model, tmp_path, 2))
+    state = tmp_path / "state"
     assert torch.load(state / "custom_checkpoint_1.pkl")["step"] == 2
-    train(settings(model, tmp_path / "in two", 4))
+    train(settings(model, tmp_path, 4))
     assert torch.load(state / "custom_checkpoint_1.pkl")["step"] == 4
-    assert list((tmp_path / "in two" / "log").rglob("events.*"))
+    assert list((tmp_path / "log").rglob("events.*"))
 
 
 def test_fewer_pictures_than_a_batch_are_enough(model, tmp_path):
