@@ -35,7 +35,8 @@ from lib_layerdiffuse.downloads import Status, find_asset
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.images import checkerboard, from_pil, over_grey, to_pil
 from lib_layerdiffuse.methods import METHODS, Family, Method, listed, nearest, needed_files, shortened
-from lib_layerdiffuse.reading import TooLarge, Unclear, read_image
+from lib_layerdiffuse.reading import TooLarge, read_image
+from lib_layerdiffuse.samples import Unclear
 from lib_layerdiffuse.tensors import Latent
 from lib_layerdiffuse.vae import LATENT_STRIDE
 from lib_layerdiffuse.weights import ASSETS, address_of

@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,6 +17,9 @@ PYRAMID_RATIO = 1.2  # from one level to the next; the released encoders were tr
 SMALLEST_ALPHA = 1e-8  # keeps the colour of what is empty defined (black)
 
 Box: TypeAlias = tuple[int, int, int, int]  # left, upper, right and lower edge, in pixels
+
+# Of a mask with transparency: from which alpha on its colours count, and how far apart those of a drawing are.
+SEEN, DIFFERENT = 16, 127
 
 GREY = torch.tensor(0.5)  # what transparent latents have behind them
 
@@ -123,6 +126,18 @@ def blended(before: Image.Image, after: Image.Image, mask: Image.Image) -> Image
     mixed = torch.lerp(*torch.cat([color * alpha, alpha], dim=1), weight)  # type: ignore[call-overload]
     mixed[:3] /= mixed[3:].clamp(min=SMALLEST_ALPHA)
     return to_pil(torch.where(weight == 0, pixels[0], torch.where(weight == 1, pixels[1], mixed)))
+
+
+def as_mask(image: Image.Image) -> Image.Image:
+    """A mask of any mode as L: how white it is over black, half where its alpha is; or, of one colour, its alpha."""
+    rgba = image.convert("RGBA")
+    white, alpha = rgba.convert("L"), rgba.getchannel("A")
+    if alpha.getextrema() == (255, 255):
+        return white
+    pixels = np.asarray(rgba)
+    seen = pixels[pixels[..., 3] >= SEEN, :3]
+    drawn = seen.size and not np.ptp(seen, axis=1).any() and np.ptp(seen) > DIFFERENT
+    return ImageChops.multiply(white, alpha) if drawn else alpha
 
 
 def to_pil(picture: Tensor) -> Image.Image:

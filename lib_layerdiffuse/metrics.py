@@ -36,6 +36,7 @@ BACKGROUNDS: Mapping[str, tuple[float, float, float]] = {
 }
 SUFFIXES = (".png", ".webp", ".tif", ".tiff")  # formats that can keep alpha without loss
 MOST_DB = 100.0  # PSNR of pictures that are equal, so that means stay numbers
+LEAST_SIDE = 6  # pixels, of what SSIM compares: its window of 11 is mirrored at the edges
 EDGE_SIGMA = 1.4  # pixels, of the Gaussian whose derivative finds edges
 
 
@@ -116,13 +117,25 @@ def check_some(found: Collection[object], folder: Path) -> None:
         raise ValueError(f"There are no pictures in {folder}: expected files ending in {', '.join(SUFFIXES)}.")
 
 
+def by_name(folder: Path) -> dict[str, Path]:
+    """The pictures in a folder, whatever their formats. Raises ValueError where two have one name."""
+    found: dict[str, Path] = {}
+    for path in pictures(folder.iterdir()):
+        if other := found.get(path.stem):
+            raise ValueError(
+                f"{folder} has {other.name} and {path.name}, which have one name. Leave one of them there."
+            )
+        found[path.stem] = path
+    return found
+
+
 def read(path: Path) -> Rgba:
     return from_pil(read_file(path).convert("RGBA"))[None]
 
 
 def compare_folders(truth: Path, result: Path, lpips: bool = False) -> dict[str, float]:
     """The means over all pictures. Raises ValueError where the folders do not belong together."""
-    truths, results = ({path.stem: path for path in pictures(folder.iterdir())} for folder in (truth, result))
+    truths, results = by_name(truth), by_name(result)
     if missing := sorted(truths.keys() ^ results.keys()):
         raise ValueError(f"{truth} and {result} should have pictures of the same names; only one has {missing[0]}.")
     check_some(truths, truth)
@@ -131,6 +144,8 @@ def compare_folders(truth: Path, result: Path, lpips: bool = False) -> dict[str,
         a, b = read(path), read(results[name])
         if a.shape != b.shape:
             raise ValueError(f"{name} has {size(a)} pixels in {truth} and {size(b)} in {result}.")
+        if min(a.shape[2:]) < LEAST_SIDE:
+            raise ValueError(f"{name} has {size(a)} pixels. Compare pictures of at least {LEAST_SIDE} on each side.")
         of_each.append(compare(a, b, lpips))
     means = {key: fmean(one[key] for one in of_each) for key in of_each[0]}
     return means | {"pictures": len(of_each)}

@@ -80,7 +80,9 @@ class Png:
         if self.colour in TWICE:
             return self._unpacked(size, TWICE[self.colour], TWICE[self.colour]).view(">u2")
         mode = MODES[self.colour]
-        high, low = (self._unpacked(size, mode, f"{mode};16{order}") for order in "BL")  # of two bytes, Pillow keeps one
+        high, low = (
+            self._unpacked(size, mode, f"{mode};16{order}") for order in "BL"
+        )  # of two bytes, Pillow keeps one
         return high * np.uint16(256) + low
 
     def _unpacked(self, size: tuple[int, int], mode: str, raw_mode: str) -> Values:

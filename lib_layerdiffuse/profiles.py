@@ -15,7 +15,7 @@ log = logging.getLogger("layerdiffuse")
 Conversion: TypeAlias = Callable[[Image.Image], Image.Image]
 
 MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # of the colour spaces that files are in
-RELATIVE_COLORIMETRIC, BLACK_POINT_COMPENSATION = 1, 0x2000  # as image editors convert; LittleCMS's numbers
+BLACK_POINT_COMPENSATION = 0x2000  # LittleCMS's number; Pillow 9.5 has no name for it
 ROUNDING = 1  # of 255: profiles of sRGB itself come that near to one another
 STEPS = np.linspace(0, 255, 9).round().astype(np.uint8)
 
@@ -51,8 +51,8 @@ def conversion(profile: bytes, mode: str) -> Conversion | None:
         ImageCms.createProfile("sRGB"),
         MODES[space],
         "RGB",
-        renderingIntent=RELATIVE_COLORIMETRIC,
-        flags=BLACK_POINT_COMPENSATION,
+        renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,  # as image editors do
+        flags=BLACK_POINT_COMPENSATION,  # type: ignore[arg-type]
     )
 
     def convert(picture: Image.Image) -> Image.Image:
@@ -60,7 +60,9 @@ def conversion(profile: bytes, mode: str) -> Conversion | None:
         assert converted is not None  # as it is where a picture is changed in place
         return converted
 
-    sample = Image.fromarray(np.stack(np.meshgrid(STEPS, STEPS, STEPS), axis=-1).reshape(1, -1, 3)).convert(MODES[space])
+    sample = Image.fromarray(np.stack(np.meshgrid(STEPS, STEPS, STEPS), axis=-1).reshape(1, -1, 3)).convert(
+        MODES[space]
+    )
     before, after = (np.asarray(each).astype(int)[0] for each in (sample.convert("RGB"), convert(sample)))
     if after[0].max() > 127 or after[-1].min() < 128:
         raise ValueError(f"it takes white for {after[-1].tolist()} and black for {after[0].tolist()}")

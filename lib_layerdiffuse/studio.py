@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -18,11 +19,13 @@ from lib_layerdiffuse.injection import Injection, WeightPatch, load_injection
 from lib_layerdiffuse.methods import DECODERS, ENCODERS, Layer, find_method
 from lib_layerdiffuse.nets.decoder import TransparentDecoder
 from lib_layerdiffuse.nets.encoder import TransparentEncoder
-from lib_layerdiffuse.notes import sampler_for
+from lib_layerdiffuse.notes import alpha_note, sampler_for
 from lib_layerdiffuse.request import Request
 from lib_layerdiffuse.tensors import Latent, Rgb, Rgba
 from lib_layerdiffuse.vae import LATENT_STRIDE, PASSES, TransparentVAE
 from lib_layerdiffuse.weights import read_tensors
+
+log = logging.getLogger("layerdiffuse")
 
 MOST_PASSES = max(PASSES)
 
@@ -133,7 +136,11 @@ class Studio:
     def _made(self, latent: Latent, layer: Layer | None, passes: int) -> Made:
         painted = self.host.pixels(latent)
         opaque = to_pil(painted[0])
-        image = to_pil(self.decode(latent, painted, passes)[0]) if layer is Layer.FG else opaque
+        if layer is not Layer.FG:
+            return Made(opaque, opaque, layer, latent)
+        image = to_pil(self.decode(latent, painted, passes)[0])
+        if note := alpha_note(image):
+            log.warning(note)
         return Made(image, opaque, layer, latent)
 
     def _start(self, job: Job, layers: Sequence[Layer | None]) -> Latent:

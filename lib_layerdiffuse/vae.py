@@ -133,7 +133,7 @@ def check_finite(values: Tensor, what: str, flags: str) -> None:
     if not values.isfinite().all():
         raise LayerDiffuseError(
             f"{what} has values that are no numbers, or are infinite, as when half precision overflows. Start the web "
-            f"UI with {flags} (without one: --device cpu). If that changes nothing, the weights that made it are damaged."
+            f"UI with {flags} (without one: --device cpu). If that changes nothing, the weights behind it are damaged."
         )
 
 

@@ -45,6 +45,7 @@ class Workshop:
         method = request.method
         self._check(p, method)
         inits = self._inits(p)
+        self.host.flatten_mask(p)
         self.host.flatten_upscaled(p, flattened)
         if request.chain is None:
             self._announce(p, request)

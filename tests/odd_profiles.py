@@ -28,7 +28,9 @@ def profile(space: bytes, connection: bytes, tags: dict[bytes, bytes]) -> bytes:
     for name, content in tags.items():
         table += name + struct.pack(">II", start + len(body), len(content))
         body += content + bytes(-len(content) % 4)
-    header = struct.pack(">I4sI4s4s4s12s4s", start + len(body), b"", 0x02400000, b"mntr", space, connection, b"", b"acsp")
+    header = struct.pack(
+        ">I4sI4s4s4s12s4s", start + len(body), b"", 0x02400000, b"mntr", space, connection, b"", b"acsp"
+    )
     return header.ljust(68, b"\0") + fixed(D50) + bytes(48) + struct.pack(">I", len(tags)) + table + body
 
 

@@ -663,14 +663,23 @@ def test_what_fades_out_by_itself_is_not_noted(source):
 
 @pytest.mark.parametrize(
     ("levels", "steps", "refused"),
-    [([127], 1, True), ([255], 1, False), ([30], 5, True), ([51], 5, False), ([255, 30], 5, True), ([255, 60], 5, False)],
+    [
+        ([127], 1, True),
+        ([255], 1, False),
+        ([30], 5, True),
+        ([51], 5, False),
+        ([255, 30], 5, True),
+        ([255, 60], 5, False),
+    ],
 )
 def test_a_map_that_is_too_dark_for_its_steps_is_refused(levels, steps, refused):
     change = map_tensor([grey(np.full((8, 8), level)) for level in levels], 1, 1)
     if not refused:
         check_changes(change, steps)
         return
-    with pytest.raises(LayerDiffuseError, match=f"With {steps} steps .* be {1 / steps:.2f} .* is {min(levels) / 255:.2f}"):
+    with pytest.raises(
+        LayerDiffuseError, match=f"With {steps} steps .* be {1 / steps:.2f} .* is {min(levels) / 255:.2f}"
+    ):
         check_changes(change, steps)
 
 

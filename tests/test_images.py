@@ -10,6 +10,7 @@ from PIL import Image
 
 from lib_layerdiffuse.images import (
     ResizeMode,
+    as_mask,
     blended,
     checkerboard,
     compose,
@@ -320,6 +321,38 @@ def test_blended_never_shows_a_hidden_colour():
         pixels = np.array(mixed)
         assert np.array_equal(pixels[..., 3], alphas)
         assert (pixels[alphas > 0, :3] == (255, 0, 0)).all()
+
+
+BLACK, WHITE, RED_MASK = (0, 0, 0), (255, 255, 255), (200, 30, 30)
+MASKS = {  # colour and alpha of the left and the right half -> what is masked
+    "black and white": ((*BLACK, 255), (*WHITE, 255), (0, 255)),
+    "grey": ((*BLACK, 255), (128, 128, 128, 255), (0, 128)),
+    "white, half there, on black": ((*BLACK, 255), (*WHITE, 128), (0, 128)),
+    "white, hardly there, on black": ((*BLACK, 255), (*WHITE, 60), (0, 60)),
+    "black, half there, on white": ((*WHITE, 255), (*BLACK, 128), (255, 0)),
+    "white on nothing": ((*WHITE, 0), (*WHITE, 255), (0, 255)),
+    "white, half there, on nothing": ((*BLACK, 0), (*WHITE, 128), (0, 128)),
+    "black on nothing": ((*WHITE, 0), (*BLACK, 255), (0, 255)),
+    "black, half there, on nothing": ((*WHITE, 0), (*BLACK, 128), (0, 128)),
+    "a colour on nothing": ((*WHITE, 0), (*RED_MASK, 200), (0, 200)),
+    "a colour on another": ((*WHITE, 100), (*RED_MASK, 200), (100, 200)),
+    "nothing": ((*WHITE, 0), (*BLACK, 0), (0, 0)),
+    "soft black beside a trace of white": ((*BLACK, 200), (*WHITE, 3), (200, 3)),
+}
+
+
+@pytest.mark.parametrize(("left", "right", "masked"), MASKS.values(), ids=MASKS)
+def test_a_mask_is_white_as_far_as_it_is_there(left, right, masked):
+    mask = as_mask(Image.fromarray(np.array([[left, right]], np.uint8)))
+    assert mask.mode == "L"
+    assert tuple(mask.getpixel((x, 0)) for x in (0, 1)) == masked
+
+
+@pytest.mark.parametrize(
+    ("mode", "value", "masked"), [("L", 77, 77), ("LA", (255, 77), 77), ("1", 1, 255), ("P", 0, 0)]
+)
+def test_a_mask_may_be_of_any_mode(mode, value, masked):
+    assert as_mask(Image.new(mode, (2, 2), value)).getcolors() == [(4, masked)]
 
 
 MODES = list(ResizeMode)

@@ -145,11 +145,8 @@ def test_tiff_of_sixteen_bits_is_rounded(channels, photometric, more, order, rea
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_tiff_of_other_writers_is_rounded(channels, compression):
     values, expected = of_channels(*range(channels))
-    if channels == 1:
-        written = values
-    else:
-        written = values[..., [2, 1, 0, 3][:channels]]  # OpenCV's order
-    _, file = cv2.imencode(".tif", written, [cv2.IMWRITE_TIFF_COMPRESSION, compression])
+    opencv_order = [0] if channels == 1 else [2, 1, 0, 3][:channels]
+    _, file = cv2.imencode(".tif", values[..., opencv_order], [cv2.IMWRITE_TIFF_COMPRESSION, compression])
     assert np.array_equal(pixels(read_image(in_base64(file.tobytes()))), as_rgba(expected))
 
 
@@ -514,6 +511,7 @@ CUT = {
 
 
 @each_way
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("file", CUT.values(), ids=CUT)
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.95])
 def test_a_file_that_is_cut_is_refused(part, file, read, tmp_path):
@@ -528,9 +526,8 @@ def test_too_many_pixels_are_refused_whichever_way_they_come(tmp_path):
         read_image(path, 80_000)
     with pytest.raises(LayerDiffuseError, match=r"picture\.png has more than 80,000 pixels.*Choose a smaller image\.$"):
         read_file(path, 80_000)
+    path.write_bytes(bomb(20_000, 20_000))
     with pytest.raises(LayerDiffuseError, match="has more than 100,000,000 pixels"):
-        whole_bomb = bomb(20_000, 20_000)
-        path.write_bytes(whole_bomb)
         read_file(path)
 
 

@@ -108,6 +108,9 @@ class SmallHost:
     def mask(self, p):
         return getattr(p, "mask", None)
 
+    def flatten_mask(self, p):
+        p.flat_mask = self.mask(p)
+
     def only_masked(self, p):
         return p.region is not None
 
@@ -623,6 +626,13 @@ def test_one_picture_repeated_is_encoded_once(workshop):
     [start] = workshop.host.starts
     assert_starts(start, [image] * 3)
     assert workshop.host.encoded == 1
+
+
+def test_the_host_takes_the_mask_for_what_is_seen_of_it(workshop):
+    p = job([torch.zeros(1, 4, 2, 2)], range(1), [random_image()])
+    p.mask = Image.new("RGBA", (16, 16))
+    opened(workshop, p)
+    assert p.flat_mask is p.mask
 
 
 def test_different_pictures_are_encoded_each(workshop):

@@ -32,6 +32,7 @@ from torch.utils.data import ConcatDataset, Dataset, IterableDataset
 from lib_layerdiffuse.images import ResizeMode, fit, from_pil
 from lib_layerdiffuse.methods import Layer
 from lib_layerdiffuse.metrics import check_some, pictures
+from lib_layerdiffuse.reading import read_file
 from training.scenes import MATERIALS, Picture, layers, scene
 
 SCENES = 1_000_000  # of a seed; more than any training sees
@@ -80,8 +81,7 @@ class Folder(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         path, caption = self.rows[index]
-        with Image.open(path) as image:
-            return sample(image, caption, self.size)
+        return sample(read_file(path), caption, self.size)
 
 
 def captions(folder: Path) -> dict[Path, str]:
@@ -116,11 +116,7 @@ class LayeredFolder(Dataset[LayeredSample]):
 
     def __getitem__(self, index: int) -> LayeredSample:
         paths = {layer.value: self.names[index].with_suffix(f".{layer.value}.png") for layer in Layer}
-        found = {}
-        for name, path in paths.items():
-            with Image.open(path) as image:
-                found[name] = sample(image, caption_beside(path), self.size)
-        return found
+        return {name: sample(read_file(path), caption_beside(path), self.size) for name, path in paths.items()}
 
 
 class OneLayer(Dataset[LayeredSample]):

@@ -24,6 +24,7 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 from lib_layerdiffuse.images import flattened, over, to_pil
+from lib_layerdiffuse.reading import read_file
 from training.data import captions, sample
 
 SEEN_THROUGH = 9  # pixels by which the masked part goes beyond the foreground's edge, so that nothing of it stays
@@ -68,8 +69,7 @@ class Builder:
         return row
 
     def _build(self, row: Row, name: Path) -> None:
-        with Image.open(row["path"]) as image:
-            foreground = to_pil(sample(image, "", self.settings.size)["rgba"])
+        foreground = to_pil(sample(read_file(Path(row["path"])), "", self.settings.size)["rgba"])
         alpha = foreground.getchannel("A")
         around = alpha.point(lambda value: 255 - value)
         about = row["background"] or "a background"

@@ -46,7 +46,7 @@ from torch.nn import functional as F
 from lib_layerdiffuse.batches import fitted
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.hosts.base import Around, BaseModel
-from lib_layerdiffuse.images import Box, ResizeMode
+from lib_layerdiffuse.images import Box, ResizeMode, as_mask
 from lib_layerdiffuse.injection import Injection, WeightPatch, misfit
 from lib_layerdiffuse.methods import Family
 from lib_layerdiffuse.nets.attention_sharing import ATTENTIONS, BLOCKS, FoldedSharing
@@ -305,8 +305,12 @@ class BackendHost:
     def mask(self, p: Any) -> Image.Image | None:
         if getattr(p, "image_mask", None) is None:
             return None
-        mask = processing.create_binary_mask(p.image_mask)
+        mask = as_mask(p.image_mask)
         return ImageOps.invert(mask) if p.inpainting_mask_invert else mask
+
+    def flatten_mask(self, p: Any) -> None:
+        if getattr(p, "image_mask", None) is not None:
+            p.image_mask = as_mask(p.image_mask)
 
     def set_mask(self, p: Any, mask: Image.Image) -> None:
         p.layerdiffuse_mask = {name: getattr(p, name) for name in MASK_SETTINGS}

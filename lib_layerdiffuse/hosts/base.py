@@ -144,6 +144,9 @@ class Host(Protocol):
     def mask(self, p: Any) -> Image.Image | None:
         """The inpaint mask: mode L, 255 where the picture is painted over, not blurred yet."""
 
+    def flatten_mask(self, p: Any) -> None:
+        """Have the job inpaint with its mask as `mask` reads it: hosts may take the alpha of it for all of it."""
+
     def set_mask(self, p: Any, mask: Image.Image) -> None:
         """Have the job inpaint with this mask (mode L) as it is, soft edges and all.
 

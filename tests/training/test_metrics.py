@@ -5,10 +5,12 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.metrics import BACKGROUNDS, MOST_DB, compare, compare_folders, slope
 
 
@@ -78,6 +80,40 @@ def test_folders_on_the_command_line(folders):
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert found["pictures"] == 2
     assert found["alpha mae"] == pytest.approx(127 / 255 / 2)
+
+
+def test_pictures_are_read_as_they_are_seen(folders):
+    """One lies on its side, the other has 16 bits."""
+    truth, result = folders
+    photo = Image.effect_noise((16, 24), 90).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.save(truth / "b.png")
+    photo.transpose(Image.Transpose.ROTATE_90).save(result / "b.png", exif=exif)
+    grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(grey.astype(np.uint8)).save(truth / "a.png")
+    Image.fromarray(grey * 257).save(result / "a.png")
+    assert compare_folders(truth, result)["psnr"] == MOST_DB
+
+
+def test_pictures_that_cannot_be_compared_are_named(folders):
+    truth, result = folders
+    Image.new("RGB", (16, 16)).save(result / "a.webp")
+    with pytest.raises(ValueError, match=r"result has a\.png and a\.webp, which have one name"):
+        compare_folders(truth, result)
+    with pytest.raises(ValueError, match=r"result has a\.png and a\.webp"):
+        compare_folders(result, truth)
+    (result / "a.webp").unlink()
+    (result / "a.png").write_bytes(b"junk")
+    with pytest.raises(LayerDiffuseError, match=r"a\.png is not a whole picture"):
+        compare_folders(truth, result)
+    for folder in folders:
+        Image.new("RGB", (6, 6)).save(folder / "a.png")
+    assert compare_folders(truth, result)["ssim"] > 0
+    for folder in folders:
+        Image.new("RGB", (5, 60)).save(folder / "a.png")
+    with pytest.raises(ValueError, match=r"a has 5x60 pixels\. Compare pictures of at least 6 on each side"):
+        compare_folders(truth, result)
 
 
 def test_folders_that_do_not_belong_together(folders):

@@ -95,6 +95,13 @@ def test_every_method_makes_its_layers(run, method, given):
     assert len({Image.open(row["file"]).tobytes() for row in made}) == len(made)
 
 
+def test_only_foregrounds_are_said_to_be_opaque(run, caplog, monkeypatch):
+    monkeypatch.setattr("lib_layerdiffuse.studio.alpha_note", lambda picture: f"The picture is {picture.mode}.")
+    generate(run, "--method", "sd15_joint", "--count", 2)
+    own = [text for name, _, text in caplog.record_tuples if name == "layerdiffuse"]
+    assert own == ["The picture is RGBA."] * 2
+
+
 @pytest.mark.parametrize("key", ["sd15_joint", "sd15_bg2fg", "xl_transparent_conv", "xl_fg2ble"])
 def test_weight_zero_is_the_model_alone(run, key, given):
     method = find_method(key)
