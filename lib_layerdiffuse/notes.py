@@ -17,7 +17,7 @@ ALPHA_NOTES = {  # by the lowest and the highest alpha of a foreground
 NEARLY_OPAQUE, NEARLY_EMPTY = 230, 25
 HARDLY_ANY = 0.01  # of the pixels
 # A painted background covers more of the picture's border than a subject does that is cut off by it, or nearly all.
-# The tiny world's good pictures have a mean alpha of at most 0.11 along it; those with a background from 0.75 on.
+# The tiny world's good pictures have a mean alpha of at most 0.12 along it, those with a background 0.8 and more.
 BORDER = 1 / 32  # of the shorter side
 MUCH_OF_THE_BORDER, NEARLY_ALL = 0.7, 0.9
 HELP = (

@@ -6,6 +6,7 @@ import logging
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,9 +81,7 @@ class Png:
         if self.colour in TWICE:
             return self._unpacked(size, TWICE[self.colour], TWICE[self.colour]).view(">u2")
         mode = MODES[self.colour]
-        high, low = (
-            self._unpacked(size, mode, f"{mode};16{order}") for order in "BL"
-        )  # of two bytes, Pillow keeps one
+        high, low = (self._unpacked(size, mode, f"{mode};16{order}") for order in "BL")  # Pillow keeps one of two bytes
         return high * np.uint16(256) + low
 
     def _unpacked(self, size: tuple[int, int], mode: str, raw_mode: str) -> Values:
@@ -108,11 +107,12 @@ def clear_value(content: bytes, depth: int, colour: int) -> Values | None:
 
 
 def unzipped(content: bytes) -> bytes | None:
-    """The profile in an iCCP chunk: a name up to a zero, the method of compression, the data. None where none is."""
-    unzip = zlib.decompressobj()
-    try:
+    """The profile in an iCCP chunk: a name up to a zero, the method of compression, the data."""
+    unzip, profile = zlib.decompressobj(), b""
+    with suppress(zlib.error):
         profile = unzip.decompress(content.partition(b"\0")[2][1:], MOST_PROFILE)
-    except zlib.error as error:
-        log.warning("The colour profile of a picture is damaged, and was not used: %s.", error)
-        return None
-    return profile if unzip.eof else None
+    if unzip.eof:
+        return profile
+    if content:
+        log.warning("The colour profile of a picture was not used: it is cut, damaged, or larger than any.")
+    return None

@@ -18,6 +18,7 @@ MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # of the colour spaces tha
 BLACK_POINT_COMPENSATION = 0x2000  # LittleCMS's number; Pillow 9.5 has no name for it
 ROUNDING = 1  # of 255: profiles of sRGB itself come that near to one another
 STEPS = np.linspace(0, 255, 9).round().astype(np.uint8)
+COLOURS = np.stack(np.meshgrid(STEPS, STEPS, STEPS), axis=-1).reshape(1, -1, 3)  # from black to white
 
 
 def to_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
@@ -60,9 +61,7 @@ def conversion(profile: bytes, mode: str) -> Conversion | None:
         assert converted is not None  # as it is where a picture is changed in place
         return converted
 
-    sample = Image.fromarray(np.stack(np.meshgrid(STEPS, STEPS, STEPS), axis=-1).reshape(1, -1, 3)).convert(
-        MODES[space]
-    )
+    sample = Image.fromarray(COLOURS).convert(MODES[space])
     before, after = (np.asarray(each).astype(int)[0] for each in (sample.convert("RGB"), convert(sample)))
     if after[0].max() > 127 or after[-1].min() < 128:
         raise ValueError(f"it takes white for {after[-1].tolist()} and black for {after[0].tolist()}")

@@ -141,6 +141,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _plain(pixels: Image.Image, profile: bytes | None) -> Image.Image:
+    """As all else takes pictures, without what else was known of it."""
     if 0 in pixels.size:
         raise ValueError("no pixels")
     if pixels.mode == "La":  # of which Pillow knows this way only

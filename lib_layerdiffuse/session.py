@@ -34,7 +34,7 @@ from lib_layerdiffuse.notes import alpha_note, sampler_for
 from lib_layerdiffuse.outputs import EXTRAS, OPAQUE, RGBA, Picture, host_pixels, make_extras
 from lib_layerdiffuse.request import FORM, Request
 from lib_layerdiffuse.tensors import Latent, Rgb, Rgba
-from lib_layerdiffuse.vae import DECODE_CHANNELS, LATENT_STRIDE, TransparentVAE, is_out_of_memory
+from lib_layerdiffuse.vae import DECODE_CHANNELS, LATENT_STRIDE, TransparentVAE, check_encoded, is_out_of_memory
 
 log = logging.getLogger("layerdiffuse")
 
@@ -162,9 +162,14 @@ class Session:
         rgba = from_pil(seen(self.host, p, init))[None]
         if self._mask and self.host.fills_mask(p):
             rgba = fill_masked(rgba, from_pil(self._mask)[None, :1])
-        mean, deviation = self.host.posterior(p, compose(rgba, GREY))
+        mean, deviation = self._posterior(p, compose(rgba, GREY))
         offset = with_room(self.host, vae.encoder, ENCODE_CHANNELS, rgba, lambda: vae.encode(rgba))
         return mean, mean + deviation * offset.to(mean)
+
+    def _posterior(self, p: Any, rgb: Rgb) -> tuple[Latent, Latent]:
+        mean, deviation = self.host.posterior(p, rgb)
+        check_encoded(mean)
+        return mean, deviation
 
     def _condition(self, p: Any, width: int, height: int) -> Tensor | None:
         """What the injection reads of the images given, for this batch; None where it reads none."""
@@ -176,7 +181,7 @@ class Session:
         if (width, height, rows) not in self._conditions:
             rgb = [torch.cat([self._pixels(images, row, width, height) for row in rows]) for images in given]
             if isinstance(self.injection.content, WeightPatch):
-                means = torch.cat([self.host.posterior(p, picture)[0] for picture in rgb], dim=1)
+                means = torch.cat([self._posterior(p, picture)[0] for picture in rgb], dim=1)
                 condition = self.host.sampler_latent(p, means)
             else:
                 [condition] = rgb

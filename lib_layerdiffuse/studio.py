@@ -22,7 +22,7 @@ from lib_layerdiffuse.nets.encoder import TransparentEncoder
 from lib_layerdiffuse.notes import alpha_note, sampler_for
 from lib_layerdiffuse.request import Request
 from lib_layerdiffuse.tensors import Latent, Rgb, Rgba
-from lib_layerdiffuse.vae import LATENT_STRIDE, PASSES, TransparentVAE
+from lib_layerdiffuse.vae import LATENT_STRIDE, PASSES, TransparentVAE, check_encoded, check_painted
 from lib_layerdiffuse.weights import read_tensors
 
 log = logging.getLogger("layerdiffuse")
@@ -92,13 +92,18 @@ class Studio:
     def encode(self, image: Image.Image) -> Latent:
         """The latent of a picture with its transparency in it, in VAE space."""
         rgba = from_pil(image.convert("RGBA"))[None]
-        mean, deviation = self.host.posterior(compose(rgba, GREY))
+        mean, deviation = self._posterior(compose(rgba, GREY))
         return mean + deviation * self.vae.encode(rgba).to(mean)
 
     def decode(self, latent: Latent, painted: Rgb | None = None, passes: int = MOST_PASSES) -> Rgba:
         """The picture in a latent (VAE space). painted: what the model's VAE shows of it, where that is known."""
         rgb = self.host.pixels(latent) if painted is None else painted
         return self.vae.decode(rgb, latent.to(rgb), passes)
+
+    def _posterior(self, rgb: Rgb) -> tuple[Latent, Latent]:
+        mean, deviation = self.host.posterior(rgb)
+        check_encoded(mean)
+        return mean, deviation
 
     @property
     def vae(self) -> TransparentVAE:
@@ -135,6 +140,7 @@ class Studio:
 
     def _made(self, latent: Latent, layer: Layer | None, passes: int) -> Made:
         painted = self.host.pixels(latent)
+        check_painted(painted, latent)
         opaque = to_pil(painted[0])
         if layer is not Layer.FG:
             return Made(opaque, opaque, layer, latent)
@@ -149,8 +155,7 @@ class Studio:
         frames = len(layers) // job.count
         rows = [(fitted[row // frames % len(fitted)], layer) for row, layer in enumerate(layers)]
         latents = [
-            self.encode(image) if layer is Layer.FG else self.host.posterior(over_grey(image))[0]
-            for image, layer in rows
+            self.encode(image) if layer is Layer.FG else self._posterior(over_grey(image))[0] for image, layer in rows
         ]
         return self.host.sampler_latent(torch.cat(latents))
 
@@ -183,7 +188,7 @@ class Studio:
             [picture] = rgb
             return picture
         several = max(map(len, rgb))
-        latents = [self.host.posterior(picture)[0].expand(several, -1, -1, -1) for picture in rgb]
+        latents = [self._posterior(picture)[0].expand(several, -1, -1, -1) for picture in rgb]
         return self.host.sampler_latent(torch.cat(latents, dim=1))
 
 

@@ -125,16 +125,27 @@ def pad_to_multiple(picture: Tensor, multiple: int) -> Tensor:
     return F.pad(picture, (0, -width % multiple, 0, -height % multiple), mode="replicate")
 
 
-def check_finite(values: Tensor, what: str, flags: str) -> None:
-    """Raises LayerDiffuseError where some are no numbers, or infinite: they would make a picture of nothing.
+VAE_FLAGS, ALL_FLAGS = "--vae-in-fp32", "--all-in-fp32"  # Forge's, by which numbers have room enough
 
-    flags: the web UI's, for more room in its numbers.
-    """
+
+def check_finite(values: Tensor, what: str, flags: str) -> None:
+    """Raises LayerDiffuseError where some are no numbers, or infinite: they would make a picture of nothing."""
     if not values.isfinite().all():
         raise LayerDiffuseError(
             f"{what} has values that are no numbers, or are infinite, as when half precision overflows. Start the web "
             f"UI with {flags} (without one: --device cpu). If that changes nothing, the weights behind it are damaged."
         )
+
+
+def check_painted(rgb: Rgb, latent: Latent) -> None:
+    """Raises LayerDiffuseError where a picture and its latent are of no use."""
+    check_finite(latent, "The latent", f"--unet-in-bf16 or {ALL_FLAGS}")
+    check_finite(rgb, "The picture that the VAE made", VAE_FLAGS)
+
+
+def check_encoded(mean: Latent) -> None:
+    """The same for what the VAE made of a picture."""
+    check_finite(mean, "The latent that the VAE made", VAE_FLAGS)
 
 
 def median(answers: Tensor) -> Rgba:
@@ -163,10 +174,9 @@ class TransparentVAE:
         if passes not in PASSES:
             raise ValueError(f"passes is {passes}, expected one of {PASSES}")
         check_sizes(rgb, latent)
-        check_finite(latent, "The latent", "--unet-in-bf16 or --all-in-fp32")
-        check_finite(rgb, "The picture that the VAE made", "--vae-in-fp32")
+        check_painted(rgb, latent)
         rgba = median(self._answers(rgb, latent, ORIENTATIONS[:passes], on_pass))
-        check_finite(rgba, "The answer of the transparent decoder", "--all-in-fp32")
+        check_finite(rgba, "The answer of the transparent decoder", ALL_FLAGS)
         return rgba.clamp_(0, 1).to(rgb.device)
 
     def _answers(
@@ -218,5 +228,5 @@ class TransparentVAE:
             raise LayerDiffuseError("The picture's transparency cannot be encoded: the transparent encoder is missing.")
         argb = padded_argb(rgba)
         offset = InParts(self.encoder, len(rgba))(argb.to(next(self.encoder.parameters(), rgba)))
-        check_finite(offset, "The answer of the transparent encoder", "--all-in-fp32")
+        check_finite(offset, "The answer of the transparent encoder", ALL_FLAGS)
         return offset.float().to(rgba.device) * OFFSET_SCALE

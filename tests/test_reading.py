@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from lib_layerdiffuse import api
 from lib_layerdiffuse.controls import IMAGE_NEEDS
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.hosts.base import whole
@@ -214,6 +215,8 @@ def test_numbers_of_which_none_is_known_to_be_white_are_refused_in_a_sentence(fi
     numbers = re.escape(numbers)
     with pytest.raises(LayerDiffuseError, match=rf"^Foreground \(fg_image in API calls\) has numbers {numbers}\(mode "):
         Request.parse([{"method": "sd15_fg2bg", "fg_image": in_base64(file)}])
+    with pytest.raises(LayerDiffuseError, match=rf"^image has numbers {numbers}"):
+        api.picture("image", in_base64(file))
     with pytest.raises(LayerDiffuseError, match=rf"picture that img2img starts from has numbers {numbers}"):
         whole(Image.open(io.BytesIO(file)))
     with pytest.raises(LayerDiffuseError, match=rf"picture has numbers {numbers}.*8 or 16 bits a channel\.$"):
@@ -400,10 +403,10 @@ def test_srgb_and_profiles_of_no_use_change_nothing(kind, profile):
     assert read_image(in_base64(file)).tobytes() == EVERY_GREY_AND_MORE.tobytes()
 
 
-@pytest.mark.parametrize("profile", [USELESS[name] for name in ("junk", "for grey", "everything black")])
-def test_a_profile_that_is_not_used_is_logged(profile, caplog):
+@pytest.mark.parametrize("name", [name for name, profile in USELESS.items() if profile])
+def test_a_profile_that_is_not_used_is_logged(name, caplog):
     with caplog.at_level(logging.WARNING, "layerdiffuse"):
-        read_image(in_base64(file_of(EVERY_GREY_AND_MORE, icc_profile=profile)))
+        read_image(in_base64(file_of(EVERY_GREY_AND_MORE, icc_profile=USELESS[name])))
     assert "profile of a picture was not used" in caplog.text
 
 

@@ -284,6 +284,25 @@ def test_out_of_memory_moves_on_to_a_roomier_place(failures, succeeds):
             work.decode_batch(p, pixels(1))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_latent_of_no_numbers_ends_the_job_instead_of_in_a_picture(value):
+    work = session(SmallHost())
+    p = job([torch.full((1, 4, 2, 2), value)])
+    work.before_sampling(p)
+    with pytest.raises(LayerDiffuseError, match="latent has values that are no numbers"):
+        work.decode_batch(p, pixels(1))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda host: starting(host, [random_image()]), lambda host: layers(host, "xl_bg2ble")]
+)
+def test_a_vae_that_answers_with_no_numbers_ends_the_job_before_it_samples(make):
+    host = SmallHost()
+    host.posterior = lambda p, rgb: (torch.full((1, 4, 2, 2), float("nan")), torch.zeros(1, 4, 2, 2))
+    with pytest.raises(LayerDiffuseError, match="latent that the VAE made has values that are no"):
+        make(host).before_sampling(job([torch.zeros(1, 4, 2, 2)]))
+
+
 def test_other_errors_of_the_decoder_are_not_taken_for_memory():
     work = session(SmallHost(), Halves([RuntimeError("shape mismatch")]))
     p = job([torch.ones(1, 4, 2, 2)])

@@ -102,6 +102,17 @@ def test_only_foregrounds_are_said_to_be_opaque(run, caplog, monkeypatch):
     assert own == ["The picture is RGBA."] * 2
 
 
+@pytest.mark.parametrize(("method", "wrong"), [("pixels", "picture"), ("posterior", "latent")])
+@pytest.mark.parametrize("more", [["--plain"], ["--method", "sd15_bg2fg"]], ids=["plain", "layers"])
+def test_a_vae_that_answers_with_no_numbers_is_said(run, given, monkeypatch, method, wrong, more):
+    answer = getattr(DiffusersHost, method)
+    broken = {"pixels": lambda *args: answer(*args) * float("nan"),
+              "posterior": lambda *args: [part * float("inf") for part in answer(*args)]}  # fmt: skip
+    monkeypatch.setattr(DiffusersHost, method, broken[method])
+    with pytest.raises(SystemExit, match=rf"{wrong} that the VAE made has values that are no numbers"):
+        generate(run, *more, "--bg-image", given[Layer.BG], "--init", given[Layer.BG])
+
+
 @pytest.mark.parametrize("key", ["sd15_joint", "sd15_bg2fg", "xl_transparent_conv", "xl_fg2ble"])
 def test_weight_zero_is_the_model_alone(run, key, given):
     method = find_method(key)
