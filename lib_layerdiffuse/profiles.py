@@ -29,9 +29,7 @@ def to_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
     try:
         convert = conversion(profile, picture.mode)
         return plain if convert is None else convert(picture)
-    except ImportError:  # a Pillow without LittleCMS
-        return plain
-    except Exception as error:  # LittleCMS has many, as damaged profiles have
+    except Exception as error:  # many of LittleCMS, as of damaged profiles; ImportError of a Pillow without it
         log.warning("The colour profile of a picture was not used: %s.", error)
         return plain
 

@@ -152,6 +152,13 @@ def test_pictures_without_a_subject_or_without_transparency_are_noted(
     assert note is None if said is None else note and f"came out {said}" in note and "plain grey background" in note
 
 
+@pytest.mark.parametrize(("strip", "noted"), [(3, True), (6, False)])
+def test_nearly_all_counts_whatever_is_along_the_border(strip: int, noted: bool) -> None:
+    picture = Image.new("RGBA", (100, 100))
+    picture.paste((0, 0, 0, 255), (strip, 0, 100 - strip, 100))
+    assert bool(alpha_note(picture)) is noted
+
+
 @pytest.mark.parametrize("index", range(60))
 def test_a_subject_alone_is_not_noted_and_one_that_is_a_hole_in_its_background_is(index: int) -> None:
     alone = to_image(scene(index).rgba)

@@ -304,7 +304,9 @@ def test_an_image_handed_in_stays_as_it_was():
     """Its file can still be read, and what is known of it is still there."""
     exif = tagged(6)
     opened = Image.open(io.BytesIO(file_of(Image.fromarray(PIXELS), exif=exif)))
+    place = opened.fp.tell()
     read_image(opened)
+    assert opened.fp.tell() == place
     assert opened.size == (3, 2) and opened.info["exif"] == exif
     assert np.array_equal(np.array(opened), PIXELS)
 
@@ -468,7 +470,7 @@ PASSED_OVER = {
     "a bomb in place of a profile": with_chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(2**26))),
     "exif with a wrong checksum": with_chunk(b"eXIf", tagged(6)[6:], broken=True),
     "exif that is junk": with_chunk(b"eXIf", b"junk"),
-    "more behind the end": PLAIN + b"junk" * 20,
+    "more behind the end": PLAIN + b"JUNK" * 20,
 }  # fmt: skip
 
 
@@ -503,6 +505,17 @@ def test_a_palette_keeps_its_alpha_beside_other_chunks():
 
 
 # --- whole files only ---
+
+
+@each_way
+@pytest.mark.parametrize("depth", [8, 16])
+@pytest.mark.parametrize("rest", [b"", b"junk" * 20], ids=["cut", "junk"])
+def test_a_png_of_damaged_pixels_under_a_right_checksum_is_refused(rest, depth, read, tmp_path):
+    start, _, pixels_and_end = png_of_values(SIXTEEN[:32, :32, None] % 256, 0, depth=depth).partition(b"IDAT")
+    file = start[:-4] + chunk(b"IDAT", pixels_and_end[:40] + rest) + chunk(b"IEND", b"")
+    with pytest.raises((ValueError, LayerDiffuseError)):
+        read(file, tmp_path)
+
 
 CUT = {
     "PNG": file_of(Image.effect_noise((32, 32), 90)),
