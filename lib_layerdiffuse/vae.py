@@ -22,6 +22,8 @@ DECODE_CHANNELS = 600  # one pass over a picture takes the memory of so many cha
 WORTH_COMPILING = 2**17  # pixels; with fewer, loading what was compiled (a second) takes more than it saves
 BATCH_PIXELS = 2**20  # a GPU is busy with so many at once; more only take more memory
 
+VAE_FLAGS, ALL_FLAGS = "--vae-in-fp32", "--all-in-fp32"  # Forge's, by which numbers do not overflow
+
 Network: TypeAlias = Callable[..., Tensor]
 
 OUT_OF_MEMORY = torch.cuda.OutOfMemoryError
@@ -123,9 +125,6 @@ def pad_to_multiple(picture: Tensor, multiple: int) -> Tensor:
     """Right and bottom edges repeated: [B, C, H, W] -> the next sizes that `multiple` divides."""
     height, width = picture.shape[2:]
     return F.pad(picture, (0, -width % multiple, 0, -height % multiple), mode="replicate")
-
-
-VAE_FLAGS, ALL_FLAGS = "--vae-in-fp32", "--all-in-fp32"  # Forge's, by which numbers have room enough
 
 
 def check_finite(values: Tensor, what: str, flags: str) -> None:

@@ -97,6 +97,17 @@ def test_beside_a_cut_out(forge):
     assert same(result.crop((0, 0, 102, 128)), picture.crop((0, 0, 102, 128)))
 
 
+def test_white_of_half_opacity_is_half_a_mask(forge):
+    """Forge alone takes the alpha of such a mask: all of the picture but the white part."""
+    picture, white = cut_out(), mask()
+    grey, alpha = (white.point(lambda value, there=there: 128 if value else there) for there in (0, 255))
+    soft = Image.merge("RGBA", [white, white, white, alpha])
+    first, second = (inpainted(forge, picture, each, ONLY_MASKED).images[0] for each in (soft, grey))
+    assert same(first, second)
+    assert equal_where(first, picture, ImageChops.invert(white)) == 1
+    assert equal_where(first, picture, white) < 0.05
+
+
 def test_inverted_mask(forge):
     picture, white = cut_out(), mask()
     straight = inpainted(forge, picture, white, WHOLE).images[0]
