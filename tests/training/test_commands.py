@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from lib_layerdiffuse.cli import commands, models
 from lib_layerdiffuse.cli.models import open_world
 from lib_layerdiffuse.hosts.diffusers import DiffusersHost
-from lib_layerdiffuse.images import MAX_PIXELS, from_pil
+from lib_layerdiffuse.images import from_pil
+from lib_layerdiffuse.reading import MAX_PIXELS
 from tests.odd_files import bomb
 
 SIZE = 64
@@ -91,6 +92,12 @@ def test_the_width_and_height_may_be_what_the_model_is_used_to(run):
     assert row["file"].startswith("layerdiffuse")
 
 
+def test_only_foregrounds_are_said_to_be_opaque(run, monkeypatch):
+    monkeypatch.setattr("lib_layerdiffuse.cli.commands.alpha_note", lambda picture: f"The picture is {picture.mode}.")
+    found = run("generate", "--prompt", "x", *SMALL, "--method", "sd15_joint")
+    assert found["notes"] == ["The picture is RGBA."]
+
+
 def test_what_was_done_beyond_the_words_is_noted(run, files, capsys):
     found = run("generate", "--prompt", "x", *SMALL, "--bg-image", "picture.png", "--weight", 0)
     assert any("takes no background image" in note for note in found["notes"])
@@ -131,7 +138,7 @@ def test_the_end_of_a_long_prompt_is_read(run, method):
          "0.03 leaves none of 25 steps. Choose a strength of at least 0.04, or at least 34 steps."),
         (("--init", "picture.png", "--method", "xl_everything"), "cannot start from a picture"),
         (("--init", "bomb.png"), "bomb.png has more than"),
-        (("--init", "old.png"), "old.png is no picture"),
+        (("--init", "old.png"), "old.png is not a whole picture"),
         (("--fg-image", "bomb.png"), "bomb.png has more than"),
         (("--bg-image", "nothing.png"), "No such file: nothing.png"),
         (("--prompt", "a\udcff"), "The prompt 'a\\udcff' is not text in UTF-8"),
