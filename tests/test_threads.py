@@ -83,7 +83,7 @@ def test_a_leader_for_whom_nobody_waits_ends():
 
     def lead():
         _thread.interrupt_main()
-        interrupted.wait()
+        interrupted.wait(30)
         try:
             threads.run([lambda: worked.append(1)])
         finally:
