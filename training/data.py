@@ -20,6 +20,8 @@ Pictures are cropped around the middle and resized, premultiplied, so that hidde
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -205,5 +207,13 @@ def parts_of_shards(pattern: str, *parts: str) -> Any:
     """Of each sample what its files with these endings hold, pictures as RGBA."""
     import webdataset  # here: only large sets need it
 
-    samples = webdataset.WebDataset(pattern, resampled=True, shardshuffle=False, nodesplitter=webdataset.split_by_node)
+    samples = webdataset.WebDataset(
+        address(pattern), resampled=True, shardshuffle=False, nodesplitter=webdataset.split_by_node
+    )
     return samples.shuffle(1000).decode("pilrgba").to_tuple(*parts)
+
+
+def address(pattern: str) -> str:
+    """As webdataset takes it, to which Windows' backslashes are escapes, and a drive's letter the scheme of a URL."""
+    slashed = pattern.replace(os.sep, "/")
+    return f"file:{slashed}" if re.match("[a-zA-Z]:/", slashed) else slashed

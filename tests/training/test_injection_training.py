@@ -80,7 +80,7 @@ def test_it_trains_what_the_extension_reads(models, tmp_path, key, more):
 def test_a_run_goes_on_where_it_was(models, tmp_path):
     train(settings(models, tmp_path, "sd15_joint"), injection.make)
     state = tmp_path / "state"
-    learnt = load_file(state / "learnt.safetensors")
+    learnt = list(load_file(state / "learnt.safetensors"))  # not the tensors: on Windows, no mapped file is written to
     assert learnt and not any(".unet." in name for name in learnt), "the frozen UNet is among what is saved"
     assert torch.load(state / "custom_checkpoint_1.pkl")["step"] == 2
     train(settings(models, tmp_path, "sd15_joint", steps=3), injection.make)

@@ -4,13 +4,14 @@ import io
 import json
 import pickle
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from training.data import open_layers, open_source
+from training.data import address, open_layers, open_source
 from training.scenes import layers, scene, write
 
 RED = (200, 10, 20, 128)
@@ -128,3 +129,15 @@ def test_shards(tmp_path):
 def test_what_is_opened_can_be_sent_to_workers(opened, source):
     """As where a process cannot be forked: on Windows and macOS."""
     pickle.dumps(opened(source, 16))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("C:/shards/{00..99}.tar", "file:C:/shards/{00..99}.tar"),
+        ("https://example.org/{00..99}.tar", "https://example.org/{00..99}.tar"),
+        (str(Path("shards") / "{00..99}.tar"), "shards/{00..99}.tar"),
+    ],
+)
+def test_shards_are_found_on_any_drive(pattern, expected):
+    assert address(pattern) == expected
