@@ -162,7 +162,7 @@ def started(folder: Path, *arguments: str, torch: str = "", **more: object) -> s
     words = [sys.executable, "-m", "lib_layerdiffuse", *arguments]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [folder, ROOT])), "PYTHONUNBUFFERED": ""}
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more}
-    return subprocess.Popen(words, cwd=folder, env=environment, text=True, **options)
+    return subprocess.Popen(words, cwd=folder, env=environment, encoding="utf-8", **options)
 
 
 WAITING = "import time; print('here', flush=True); time.sleep(60)"
