@@ -13,7 +13,7 @@ from tests.forge import data
 from tests.page.tab import eventually
 
 FILE = "layer_sd15_transparent_attn"
-ADDRESS = f"/LayerDiffusion/layerdiffusion-v1/resolve/main/{FILE}.safetensors"
+ADDRESS = re.compile(rf"/LayerDiffusion/layerdiffusion-v1/resolve/[0-9a-f]{{40}}/{FILE}\.safetensors")
 PIECE = 8_000_000
 PAUSE_S = 0.15  # between pieces, so that there is something to see
 
@@ -26,7 +26,7 @@ def hub(port, file):
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            assert self.path == ADDRESS
+            assert ADDRESS.fullmatch(self.path)
             start = int(self.headers.get("Range", "bytes=0-")[6:-1])
             starts.append(start)
             self.send_response(206 if start else 200)
@@ -92,5 +92,6 @@ def test_a_download_is_offered_followed_cancelled_and_continued(txt2img, forge, 
         eventually(lambda: txt2img.status[-1], "weights are present", 60)
         expect(download).not_to_be_visible()
         expect(cancel).not_to_be_visible()
-        assert starts == [0, kept]
+        # Once more from the start, because it came in pieces and has not the hash of the released file.
+        assert starts == [0, kept, 0]
     assert filecmp.cmp(path, whole, shallow=False) and not part.exists()
