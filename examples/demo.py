@@ -17,10 +17,10 @@ from PIL import Image, ImageDraw
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also from a checkout that is not installed
 
 from lib_layerdiffuse.cli.models import WORLD_CFG, open_world, quieten
-from lib_layerdiffuse.images import over
+from lib_layerdiffuse.images.rgba import over
 from lib_layerdiffuse.methods import Family, Layer, find_method
-from lib_layerdiffuse.outputs import on_checkerboard
-from lib_layerdiffuse.request import Request
+from lib_layerdiffuse.request.layers import Request
+from lib_layerdiffuse.webui.outputs import on_checkerboard
 
 SIZE = 128
 MARGIN, LINE = 8, 16  # pixels
@@ -55,7 +55,7 @@ class World:
             studio.host.pipeline.set_progress_bar_config(disable=True)
 
     def painted(self, prompt: str, seed: int, request: Request | None = None) -> Pictures:
-        from lib_layerdiffuse.studio import Job  # and with it libraries that are to be quiet by then
+        from lib_layerdiffuse.engine.studio import Job  # and with it libraries that are to be quiet by then
 
         studio = self.studios[request.method.family if request else Family.SDXL]
         [together] = studio.run(request, Job(prompt, seed=seed, width=SIZE, height=SIZE, cfg=WORLD_CFG))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.images import padded_argb
+from lib_layerdiffuse.images.rgba import padded_argb
 from lib_layerdiffuse.nets.decoder import TransparentDecoder
 from lib_layerdiffuse.nets.strips import StripDecoder
 from lib_layerdiffuse.tensors import Latent, Rgb, Rgba

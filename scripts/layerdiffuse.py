@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from modules import script_callbacks, scripts
 
-from lib_layerdiffuse import api, axes, differential, hosts, outputs, request, ui
-from lib_layerdiffuse.differential import Change
-from lib_layerdiffuse.differential_session import ChangeSession
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.request import Request
-from lib_layerdiffuse.session import Session
-from lib_layerdiffuse.workshop import Workshop
+from lib_layerdiffuse.request import differential, layers
+from lib_layerdiffuse.request.differential import Change
+from lib_layerdiffuse.request.layers import Request
+from lib_layerdiffuse.webui import detect, outputs, panel, xyz_axes
+from lib_layerdiffuse.webui.api import routes
+from lib_layerdiffuse.webui.differential_session import ChangeSession
+from lib_layerdiffuse.webui.session import Session
+from lib_layerdiffuse.webui.workshop import Workshop
 
 log = logging.getLogger("layerdiffuse")
 log.setLevel(logging.INFO)
@@ -24,16 +26,16 @@ if not log.hasHandlers():  # Forge sets up none, unless it is started with --log
     log.handlers[0].setFormatter(logging.Formatter("[LayerDiffuse] %(message)s"))
 
 try:
-    host = hosts.detect()
+    host = detect.web_ui()
     workshop = Workshop(host)
-    page = ui.Page(workshop)
+    page = panel.Page(workshop)
     unsupported = ""
 except LayerDiffuseError as error:
     unsupported = str(error)
 
 
 # In its infotext, this marks a picture as ours, also when it comes back from a file.
-METHOD_KEY = request.FORM.infotext("method")
+METHOD_KEY = layers.FORM.infotext("method")
 
 
 @contextmanager
@@ -68,8 +70,8 @@ class DifferentialDiffusion(scripts.Script):
         return scripts.AlwaysVisible if is_img2img and not unsupported else False
 
     def ui(self, is_img2img: bool) -> list[Any]:
-        components = ui.change_panel()
-        self.infotext_fields = ui.paste_fields(differential.FORM, components)
+        components = panel.change_panel()
+        self.infotext_fields = panel.paste_fields(differential.FORM, components)
         return components
 
     def process(self, p: Any, *args: Any) -> None:
@@ -98,7 +100,7 @@ class DifferentialDiffusion(scripts.Script):
 
 class LayerDiffuse(scripts.Script):
     def title(self) -> str:
-        return ui.TITLE
+        return panel.TITLE
 
     def show(self, is_img2img: bool) -> Any:
         return scripts.AlwaysVisible
@@ -106,9 +108,9 @@ class LayerDiffuse(scripts.Script):
     def ui(self, is_img2img: bool) -> list[Any]:
         tab = "img2img" if is_img2img else "txt2img"
         if unsupported:
-            return ui.notice(tab, unsupported)
+            return panel.notice(tab, unsupported)
         components = page.panel(tab)
-        self.infotext_fields = ui.paste_fields(request.FORM, components)
+        self.infotext_fields = panel.paste_fields(layers.FORM, components)
         return components
 
     def process(self, p: Any, *args: Any) -> None:
@@ -201,15 +203,15 @@ def after_saved(params: Any) -> None:
 
 
 if not unsupported:
-    script_callbacks.on_ui_settings(ui.add_settings)
-    script_callbacks.on_before_ui(axes.add)
+    script_callbacks.on_ui_settings(panel.add_settings)
+    script_callbacks.on_before_ui(xyz_axes.add)
     script_callbacks.on_after_component(lambda component, **options: page.after_component(component))
     script_callbacks.on_before_image_saved(before_saved)
     script_callbacks.on_image_saved(after_saved)
     host.keep_pixels(must_keep_pixels)
     host.keep_alpha()
     script_callbacks.on_app_started(lambda blocks, app: host.answer_png(outputs.is_marked))
-    forms = (request.FORM, differential.FORM)
+    forms = (layers.FORM, differential.FORM)
     script_callbacks.on_app_started(lambda blocks, app: host.read_args({form.title: form.posted for form in forms}))
-    script_callbacks.on_app_started(lambda blocks, app: api.register(app, workshop))
+    script_callbacks.on_app_started(lambda blocks, app: routes.register(app, workshop))
     host.show_pictures()

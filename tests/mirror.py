@@ -10,7 +10,7 @@ from threading import Event, Thread
 
 import pytest
 
-from lib_layerdiffuse import transfer
+from lib_layerdiffuse.weights import transfer
 
 TRICKLE = 0.02  # seconds between two bytes of a slow line
 

@@ -21,16 +21,17 @@ from safetensors.torch import load, save, save_file
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.gzip import GZipMiddleware
 
-from lib_layerdiffuse import api, api_guards, vae
-from lib_layerdiffuse.api_guards import AT_ONCE, MAX_BODY, PIECE
-from lib_layerdiffuse.checkpoints import CONTEXT_KEY, FIRST_KEY
-from lib_layerdiffuse.images import from_pil, to_pil
+from lib_layerdiffuse import vae
+from lib_layerdiffuse.images.rgba import from_pil, to_pil
 from lib_layerdiffuse.methods import DECODERS, ENCODERS, METHODS, Family
 from lib_layerdiffuse.nets.decoder import TransparentDecoder
 from lib_layerdiffuse.nets.encoder import TransparentEncoder
 from lib_layerdiffuse.vae import TransparentVAE
-from lib_layerdiffuse.weights import ASSETS, REVISION
-from lib_layerdiffuse.workshop import Workshop
+from lib_layerdiffuse.webui.api import guards, routes
+from lib_layerdiffuse.webui.api.guards import AT_ONCE, MAX_BODY, PIECE
+from lib_layerdiffuse.webui.workshop import Workshop
+from lib_layerdiffuse.weights.checkpoints import CONTEXT_KEY, FIRST_KEY
+from lib_layerdiffuse.weights.released import ASSETS, REVISION
 
 DECODER = {key: value.contiguous() for key, value in random_state_dict(ReferenceDecoder(layers=1)).items()}
 ENCODER = {
@@ -97,7 +98,7 @@ def host(tmp_path):
 
 def app_of(host):
     app = FastAPI()
-    api.register(app, Workshop(host))
+    routes.register(app, Workshop(host))
     return app
 
 
@@ -106,7 +107,7 @@ def client_of(host):
 
 
 def client_for(app, **options):
-    return TestClient(app, base_url=f"{SERVER}{api.PREFIX}/", **options)
+    return TestClient(app, base_url=f"{SERVER}{routes.PREFIX}/", **options)
 
 
 @pytest.fixture
@@ -269,7 +270,7 @@ def test_health(client, host):
 def test_all_else_answers_while_many_wait_for_the_gpu(host):
     """More requests than the server has threads, which are the web UI's too."""
     app = app_of(host)
-    app.get(f"{api.PREFIX}/of-the-web-ui")(lambda: None)
+    app.get(f"{routes.PREFIX}/of-the-web-ui")(lambda: None)
     app.router.routes.insert(0, app.router.routes.pop())
     with client_for(app) as client, ThreadPoolExecutor(60) as many, ThreadPoolExecutor() as pool:
         with host.lock:
@@ -533,7 +534,7 @@ class Wire:
             "http_version": "1.1",
             "method": "POST",
             "scheme": "http",
-            "path": f"{api.PREFIX}/{path}",
+            "path": f"{routes.PREFIX}/{path}",
             "query_string": b"",
             "root_path": "",
             "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
@@ -577,8 +578,8 @@ def test_a_body_of_too_many_values_is_received_and_not_kept(host, monkeypatch):
             kept.append(chunk)
             yield chunk
 
-    of_client = api_guards.Client.stream
-    monkeypatch.setattr(api_guards.Client, "stream", stream)
+    of_client = guards.Client.stream
+    monkeypatch.setattr(guards.Client, "stream", stream)
     first = b'{"layers": ['
     wire = Wire(app_of(host), "compose", [first] + [b"{}," * 2**14] * 64)
     assert wire.ask() == 413
@@ -586,7 +587,7 @@ def test_a_body_of_too_many_values_is_received_and_not_kept(host, monkeypatch):
 
 
 def test_a_body_that_does_not_come(host, monkeypatch):
-    monkeypatch.setattr(api_guards, "PATIENCE", 0.01)
+    monkeypatch.setattr(guards, "PATIENCE", 0.01)
     wire = Wire(app_of(host), "encode", [b"{"], length=100)
     assert wire.ask() == 408
     assert b"Send it again." in b"".join(wire.answers)
@@ -633,12 +634,12 @@ def test_no_more_layers_for_a_client_that_left(host, monkeypatch):
     wire = Wire(app_of(host), "compose", [body_of({"layers": [SHEET] * 4})])
     layers = []
 
-    def placed(*args, placed=api.placed):
+    def placed(*args, placed=routes.placed):
         layers.append(args)
         wire.leave()
         return placed(*args)
 
-    monkeypatch.setattr(api, "placed", placed)
+    monkeypatch.setattr(routes, "placed", placed)
     assert wire.ask() == 499
     assert len(layers) == 1
 
@@ -777,7 +778,7 @@ def test_with_the_right_password_all_is_as_without(host, user):
     assert client.get("health", headers=basic(user)).status_code == 200
     assert received(client.post("decode", json=decode_body(), headers=basic(user)))
     document = client.get(DOCUMENT).json()
-    assert document["paths"][f"{api.PREFIX}/health"]["get"]["security"] == [{"HTTPBasic": []}]
+    assert document["paths"][f"{routes.PREFIX}/health"]["get"]["security"] == [{"HTTPBasic": []}]
 
 
 def test_a_web_ui_without_api_has_no_routes(host):
@@ -797,7 +798,7 @@ def documented(client):
 
 def test_all_is_documented(client):
     operations = list(documented(client))
-    assert [(method, path.removeprefix(f"{api.PREFIX}/")) for method, path, _ in operations] == [
+    assert [(method, path.removeprefix(f"{routes.PREFIX}/")) for method, path, _ in operations] == [
         (method, path.replace(MISSING, "{file}")) for method, path in EVERYTHING[:-1]
     ]
     for _, _, operation in operations:
@@ -833,6 +834,6 @@ def test_routes_can_be_added_to_a_server_that_runs_and_to_the_next(host):
         app = FastAPI()
         with TestClient(app) as client:
             assert client.get(DOCUMENT).json()["paths"] == {}
-            api.register(app, workshop)
-            assert client.get(f"{api.PREFIX}/health").status_code == 200
-            assert f"{api.PREFIX}/health" in client.get(DOCUMENT).json()["paths"]
+            routes.register(app, workshop)
+            assert client.get(f"{routes.PREFIX}/health").status_code == 200
+            assert f"{routes.PREFIX}/health" in client.get(DOCUMENT).json()["paths"]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib_layerdiffuse.batches import Row, fitted
+from lib_layerdiffuse.webui.batches import Row, fitted
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lib_layerdiffuse.checkpoints import CONTEXT_KEY, FIRST_KEY, family_of
 from lib_layerdiffuse.methods import Family
+from lib_layerdiffuse.weights.checkpoints import CONTEXT_KEY, FIRST_KEY, family_of
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from PIL import Image
 
 from lib_layerdiffuse.__main__ import main
 from lib_layerdiffuse.cli import commands
-from lib_layerdiffuse.images import over
+from lib_layerdiffuse.images.rgba import over
 from tests.odd_files import BLUE, CLEAR, RED, bomb, file_of, half
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageChops
 from torch.nn import functional as F
 
-from lib_layerdiffuse.differential import (
+from lib_layerdiffuse.errors import LayerDiffuseError
+from lib_layerdiffuse.images.rgba import content_hash
+from lib_layerdiffuse.request.differential import (
     FAN,
     FORM,
     MASK,
@@ -35,8 +37,6 @@ from lib_layerdiffuse.differential import (
     union,
     uses,
 )
-from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.images import content_hash
 
 EDGES, INSIDE, OUTSIDE = "Alpha: edges", "Alpha: inside", "Alpha: outside"
 ALPHAS = [EDGES, INSIDE, OUTSIDE]

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from lib_layerdiffuse.differential import Change, labelled
-from lib_layerdiffuse.differential_session import ChangeSession
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.images import ResizeMode
-from lib_layerdiffuse.outputs import mark
+from lib_layerdiffuse.images.rgba import ResizeMode
+from lib_layerdiffuse.request.differential import Change, labelled
+from lib_layerdiffuse.webui.differential_session import ChangeSession
+from lib_layerdiffuse.webui.outputs import mark
 
 SIZE = (64, 64)
 

@@ -13,10 +13,10 @@ import torch
 from mirror import Mirror, mirrored
 from safetensors.torch import save
 
-from lib_layerdiffuse import transfer
-from lib_layerdiffuse.downloads import Downloads, State
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.weights import ASSETS, Asset
+from lib_layerdiffuse.weights import transfer
+from lib_layerdiffuse.weights.downloads import Downloads, State
+from lib_layerdiffuse.weights.released import ASSETS, Asset
 
 FILE = "vae_transparent_encoder.safetensors"
 BODY = save({"a": torch.arange(2000.0)})

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lib_layerdiffuse.encoding import decoded, encoded
+from lib_layerdiffuse.images.encoding import decoded, encoded
 
 FILE = bytes(range(256)) * 3 + b"\xff\xef\xbe"
 TEXT = encoded(FILE + b"\n")

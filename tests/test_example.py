@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from lib_layerdiffuse.request import Request
+from lib_layerdiffuse.request.layers import Request
 from tests.odd_files import RED, file_of, half
 
 CLIENT = Path(__file__).resolve().parents[1] / "examples" / "client.py"

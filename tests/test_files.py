@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib_layerdiffuse import files
-from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.files import (
+from lib_layerdiffuse.cli import files
+from lib_layerdiffuse.cli.files import (
     FOR_OPAQUE,
     LOSSLESS,
     Taken,
@@ -19,7 +18,8 @@ from lib_layerdiffuse.files import (
     write,
     write_free,
 )
-from lib_layerdiffuse.reading import read_file
+from lib_layerdiffuse.errors import LayerDiffuseError
+from lib_layerdiffuse.images.reading import read_file
 from tests.odd_files import RED
 
 OLD, NEW = b"old", b"new" * 1000

@@ -2,10 +2,10 @@
 
 import pytest
 
-from lib_layerdiffuse.downloads import State, Status
-from lib_layerdiffuse.forecast import forecast
 from lib_layerdiffuse.methods import METHODS, Family, find_method, needed_files
-from lib_layerdiffuse.weights import ASSETS
+from lib_layerdiffuse.webui.status_line import forecast
+from lib_layerdiffuse.weights.downloads import State, Status
+from lib_layerdiffuse.weights.released import ASSETS
 
 MB = 1_000_000
 

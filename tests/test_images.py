@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lib_layerdiffuse.images import (
+from lib_layerdiffuse.images.rgba import (
     ResizeMode,
     as_mask,
     blended,

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.injection import WeightPatch, load_injection
+from lib_layerdiffuse.injection.content import WeightPatch, load_injection
 from lib_layerdiffuse.methods import find_method
 from lib_layerdiffuse.nets.attention_sharing import FoldedSharing
 from tests.test_attention_sharing import random_file

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from lib_layerdiffuse import differential, request
-from lib_layerdiffuse.downloads import State, Status
-from lib_layerdiffuse.forecast import forecast
-from lib_layerdiffuse.images import ResizeMode
+from lib_layerdiffuse.images.rgba import ResizeMode
 from lib_layerdiffuse.methods import METHODS, Family
-from lib_layerdiffuse.outputs import EXTRAS
-from lib_layerdiffuse.weights import ASSETS
+from lib_layerdiffuse.request import differential, layers
+from lib_layerdiffuse.webui.outputs import EXTRAS
+from lib_layerdiffuse.webui.status_line import forecast
+from lib_layerdiffuse.weights.downloads import State, Status
+from lib_layerdiffuse.weights.released import ASSETS
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "localizations").glob("*.json"))
@@ -20,7 +20,7 @@ HIDDEN = ("enabled", "output_origin")  # controls without words on the page
 
 
 def controls():
-    for form in (request.FORM, differential.FORM):
+    for form in (layers.FORM, differential.FORM):
         for name in form.names:
             if name not in HIDDEN:
                 yield form.label(name)
@@ -28,7 +28,7 @@ def controls():
 
 
 def choices():
-    yield request.AS_IN_SETTINGS
+    yield layers.AS_IN_SETTINGS
     yield from (method.label for method in METHODS)
     yield from (mode.value for mode in ResizeMode)
     yield from differential.SOURCES

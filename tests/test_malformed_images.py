@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib_layerdiffuse.controls import IMAGE_NEEDS
-from lib_layerdiffuse.differential import Change
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.hosts.base import whole
-from lib_layerdiffuse.images import ResizeMode, fit, from_pil
+from lib_layerdiffuse.images.reading import MAX_PIXELS, TooLarge, read_image
+from lib_layerdiffuse.images.rgba import ResizeMode, fit, from_pil
 from lib_layerdiffuse.methods import shortened
-from lib_layerdiffuse.reading import MAX_PIXELS, TooLarge, read_image
-from lib_layerdiffuse.request import Request
+from lib_layerdiffuse.request.differential import Change
+from lib_layerdiffuse.request.form import IMAGE_NEEDS
+from lib_layerdiffuse.request.layers import Request
+from lib_layerdiffuse.webui.host import whole
 from tests.odd_files import NO_PICTURES, RARE, RED, bomb, file_of, in_base64, png_of, sent
 
 GREY_RAMP = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)  # every eight-bit value, in sixteen bits

@@ -21,7 +21,7 @@ from lib_layerdiffuse.methods import (
     needed_files,
     taking,
 )
-from lib_layerdiffuse.weights import ASSETS
+from lib_layerdiffuse.weights.released import ASSETS
 
 # number, family, key, inputs > outputs
 ROWS = [

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from lib_layerdiffuse.methods import METHODS, Layer, Method, find_method
-from lib_layerdiffuse.notes import alpha_note, notes, sampler_for
-from lib_layerdiffuse.request import Request
+from lib_layerdiffuse.request.advice import alpha_note, notes, sampler_for
+from lib_layerdiffuse.request.layers import Request
 from training.scenes import scene, to_image
 
 SIZE = (8, 6)

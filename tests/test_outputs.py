@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lib_layerdiffuse import images, outputs
+from lib_layerdiffuse.images.rgba import over, over_grey, to_pil
+from lib_layerdiffuse.webui import outputs
 
 
 def solid(mode: str, colour, size=(6, 4)) -> Image.Image:
@@ -44,7 +45,7 @@ def seen(rgba):
 
 def test_edited_pixels_look_over_grey_as_they_were_shown(decoded, expected):
     """Where some colour can do that; the others stay bit for bit, and so does alpha."""
-    rgba = outputs.transparent(decoded, expected, shown := outputs.to_pil(images.over_grey(decoded)[0] * 0.9 + 0.05))
+    rgba = outputs.transparent(decoded, expected, shown := to_pil(over_grey(decoded)[0] * 0.9 + 0.05))
     difference = np.abs(seen(rgba) - np.asarray(shown))
     alpha = np.asarray(decoded)[..., 3:] / 255
     assert (difference <= np.where(alpha == 0, 255, 0.5 + 0.5 * alpha)).all()
@@ -148,7 +149,7 @@ def test_extras_show_what_they_say():
     red, green, _ = extras["preview"].getpixel((0, 0))
     assert 150 < red < 170
     assert 50 < green < 75  # half of a grey near the middle
-    assert extras["composed"] == images.over(SOURCES["fg"], SOURCES["bg"])
+    assert extras["composed"] == over(SOURCES["fg"], SOURCES["bg"])
     assert extras["composed"].getpixel((0, 0)) == (175, 35, 3)  # 77 of 255 parts of the one, the rest of the other
 
 

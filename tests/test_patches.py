@@ -7,8 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.nets.attention_sharing import ATTENTIONS, BLOCKS, LEVELS, Layer
-from lib_layerdiffuse.patches import (
+from lib_layerdiffuse.injection.patches import (
     Controls,
     Layers,
     Switch,
@@ -17,6 +16,7 @@ from lib_layerdiffuse.patches import (
     condition_patch,
     control_patches,
 )
+from lib_layerdiffuse.nets.attention_sharing import ATTENTIONS, BLOCKS, LEVELS, Layer
 from tests.test_attention_sharing import CONTEXT, WIDTH, HostAttention, random_file, random_sharing, reference
 
 NAMES = [(name, block) for name in ATTENTIONS for block in BLOCKS]

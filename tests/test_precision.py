@@ -8,7 +8,7 @@ from reference import ReferenceDecoder, random_state_dict
 
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.nets.decoder import TransparentDecoder
-from lib_layerdiffuse.precision import PRECISIONS, uniform
+from lib_layerdiffuse.weights.precision import PRECISIONS, uniform
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 F8 = [kind for kind in PRECISIONS if kind.itemsize == 1]

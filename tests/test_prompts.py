@@ -2,7 +2,7 @@
 
 import pytest
 
-from lib_layerdiffuse.prompts import in_chunks
+from lib_layerdiffuse.engine.prompts import in_chunks
 
 
 def fits(text: str) -> bool:

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from lib_layerdiffuse import api
-from lib_layerdiffuse.controls import IMAGE_NEEDS
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.hosts.base import whole
-from lib_layerdiffuse.images import from_pil
-from lib_layerdiffuse.reading import FORMATS, TooLarge, Unclear, read_file, read_image
-from lib_layerdiffuse.request import Request
+from lib_layerdiffuse.images.reading import FORMATS, TooLarge, Unclear, read_file, read_image
+from lib_layerdiffuse.images.rgba import from_pil
+from lib_layerdiffuse.request.form import IMAGE_NEEDS
+from lib_layerdiffuse.request.layers import Request
+from lib_layerdiffuse.webui.api import routes
+from lib_layerdiffuse.webui.host import whole
 from tests.odd_files import RED, bomb, chunk, file_of, half, in_base64, palette_picture
 from tests.odd_numbers import png_of_values, tiff_of_values
 from tests.odd_profiles import ADOBE_GAMMA, ADOBE_RGB, SRGB, grey_profile, ink_profile, rgb_profile
@@ -216,7 +216,7 @@ def test_numbers_of_which_none_is_known_to_be_white_are_refused_in_a_sentence(fi
     with pytest.raises(LayerDiffuseError, match=rf"^Foreground \(fg_image in API calls\) has numbers {numbers}\(mode "):
         Request.parse([{"method": "sd15_fg2bg", "fg_image": in_base64(file)}])
     with pytest.raises(LayerDiffuseError, match=rf"^image has numbers {numbers}"):
-        api.picture("image", in_base64(file))
+        routes.picture("image", in_base64(file))
     with pytest.raises(LayerDiffuseError, match=rf"picture that img2img starts from has numbers {numbers}"):
         whole(Image.open(io.BytesIO(file)))
     with pytest.raises(LayerDiffuseError, match=rf"picture has numbers {numbers}.*8 or 16 bits a channel\.$"):
@@ -417,7 +417,7 @@ def test_an_srgb_profile_of_other_rounding_changes_nothing(monkeypatch):
     near = rgb_profile([[value * 1.002 for value in row] for row in SRGB], 2.2, **srgb_curves())
     file = file_of(EVERY_GREY_AND_MORE, icc_profile=near)
     assert read_image(in_base64(file)).tobytes() == EVERY_GREY_AND_MORE.tobytes()
-    monkeypatch.setattr("lib_layerdiffuse.profiles.ROUNDING", 0)
+    monkeypatch.setattr("lib_layerdiffuse.images.profiles.ROUNDING", 0)
     assert read_image(in_base64(file)).tobytes() != EVERY_GREY_AND_MORE.tobytes()
 
 

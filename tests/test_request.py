@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.images import ResizeMode
+from lib_layerdiffuse.images.rgba import ResizeMode
 from lib_layerdiffuse.methods import DEFAULT_METHOD, METHODS, Layer, Method, Step
-from lib_layerdiffuse.request import AS_IN_SETTINGS, FORM, GREY_BACKGROUND, Controls, Request
+from lib_layerdiffuse.request.layers import AS_IN_SETTINGS, FORM, GREY_BACKGROUND, Controls, Request
 from lib_layerdiffuse.vae import PASSES
 
 NAMES = [row.name for row in fields(Controls)]

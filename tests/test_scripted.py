@@ -3,8 +3,8 @@
 import pytest
 from PIL import Image
 
-from lib_layerdiffuse.outputs import mark
-from lib_layerdiffuse.scripted import ScriptRun
+from lib_layerdiffuse.webui.outputs import mark
+from lib_layerdiffuse.webui.script_runs import ScriptRun
 
 GLASS = Image.new("RGBA", (4, 4), (200, 0, 0, 128))
 CANVAS = Image.new("RGB", (4, 4))

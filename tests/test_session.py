@@ -1,4 +1,4 @@
-"""A job from request to pictures, in a host reduced to what `hosts.base.Host` promises."""
+"""A job from request to pictures, in a host reduced to what `webui.host.Host` promises."""
 
 import io
 from contextlib import contextmanager, nullcontext
@@ -13,18 +13,18 @@ from reference import ReferenceDecoder, random_state_dict, reference_encoder
 from safetensors.torch import save_file
 from torch import nn
 
-from lib_layerdiffuse import outputs
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.hosts.base import BaseModel
-from lib_layerdiffuse.images import ResizeMode, content_hash, fit, over, over_grey, pad_colors, to_pil
-from lib_layerdiffuse.injection import WeightPatch
+from lib_layerdiffuse.images.rgba import ResizeMode, content_hash, fit, over, over_grey, pad_colors, to_pil
+from lib_layerdiffuse.injection.content import WeightPatch
 from lib_layerdiffuse.methods import DECODERS, ENCODERS, Family, Layer, find_method
 from lib_layerdiffuse.nets.encoder import TransparentEncoder
-from lib_layerdiffuse.request import GREY_BACKGROUND, Request
-from lib_layerdiffuse.scripted import ScriptRun
-from lib_layerdiffuse.session import Session, check_family
+from lib_layerdiffuse.request.layers import GREY_BACKGROUND, Request
 from lib_layerdiffuse.vae import TransparentVAE
-from lib_layerdiffuse.workshop import Workshop
+from lib_layerdiffuse.webui import outputs
+from lib_layerdiffuse.webui.host import BaseModel
+from lib_layerdiffuse.webui.script_runs import ScriptRun
+from lib_layerdiffuse.webui.session import Session, check_family
+from lib_layerdiffuse.webui.workshop import Workshop
 
 METHOD = find_method("sd15_transparent_attn")
 LORA_KEY = "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"

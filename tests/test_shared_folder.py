@@ -15,9 +15,9 @@ import torch
 from mirror import Mirror, mirrored
 from safetensors.torch import save
 
-from lib_layerdiffuse.downloads import Downloads, State
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.library import WeightLibrary
+from lib_layerdiffuse.weights.downloads import Downloads, State
+from lib_layerdiffuse.weights.library import WeightLibrary
 
 FILE = "vae_transparent_encoder.safetensors"
 BODY = save({"a": torch.arange(1_500_000.0)})  # 6 MB
@@ -27,7 +27,7 @@ PATIENCE = 120  # seconds until a test gives up; programs take some to start
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from lib_layerdiffuse.library import WeightLibrary
+from lib_layerdiffuse.weights.library import WeightLibrary
 sys.stdout.write("ready\\n"); sys.stdout.flush(); sys.stdin.readline()
 def report(received, total):
     sys.stdout.write(json.dumps(received) + "\\n"); sys.stdout.flush()

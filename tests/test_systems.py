@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from examples import client
-from lib_layerdiffuse.memory import return_freed_memory
+from lib_layerdiffuse.engine.memory import return_freed_memory
 from tools import browser, forge
 
 CHECKOUT = Path(__file__).resolve().parents[1]

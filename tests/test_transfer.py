@@ -21,12 +21,12 @@ import torch
 from mirror import Mirror, mirrored
 from safetensors.torch import save
 
-from lib_layerdiffuse import part, transfer, weights
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.library import WeightLibrary
-from lib_layerdiffuse.part import LeftError
-from lib_layerdiffuse.transfer import Transfer
-from lib_layerdiffuse.weights import ASSETS, address_of
+from lib_layerdiffuse.weights import files, part, released, transfer
+from lib_layerdiffuse.weights.library import WeightLibrary
+from lib_layerdiffuse.weights.part import LeftError
+from lib_layerdiffuse.weights.released import ASSETS, address_of
+from lib_layerdiffuse.weights.transfer import Transfer
 
 FILE = "vae_transparent_encoder.safetensors"
 BODY = save({"a": torch.arange(2000.0), "b": torch.ones(3, 4, dtype=torch.float16)}, {"note": "8 kB of weights"})
@@ -53,7 +53,7 @@ def folder(tmp_path: Path) -> Path:
 def know(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
     """Makes this body the released one, whose hash is known."""
     return lambda body: monkeypatch.setitem(
-        ASSETS, FILE, weights.Asset(FILE, len(body), hashlib.sha256(body).hexdigest())
+        ASSETS, FILE, released.Asset(FILE, len(body), hashlib.sha256(body).hexdigest())
     )
 
 
@@ -77,11 +77,11 @@ def quiet(received: int, total: int) -> None:
     """A report that nobody reads."""
 
 
-def obtain(folder: Path, report: weights.Report = quiet) -> Path:
+def obtain(folder: Path, report: files.Report = quiet) -> Path:
     return WeightLibrary([folder]).obtain(FILE, report)
 
 
-def refusal(folder: Path, report: weights.Report = quiet) -> str:
+def refusal(folder: Path, report: files.Report = quiet) -> str:
     with pytest.raises(LayerDiffuseError) as caught:
         obtain(folder, report)
     return str(caught.value)
@@ -105,7 +105,7 @@ def test_download(mirror: Mirror, folder: Path) -> None:
 def test_request_names_the_program_and_no_compression(mirror: Mirror, folder: Path) -> None:
     obtain(folder)
     [(path, headers)] = mirror.asked
-    assert path == f"/LayerDiffusion/layerdiffusion-v1/resolve/{weights.REVISION}/{FILE}"
+    assert path == f"/LayerDiffusion/layerdiffusion-v1/resolve/{released.REVISION}/{FILE}"
     assert headers["user-agent"] == "sd-forge-layerdiffuse"
     assert headers["accept-encoding"] == "identity"
     assert "authorization" not in headers
@@ -115,7 +115,7 @@ def test_a_mirror_without_the_revision_gives_its_latest(mirror: Mirror, folder: 
     mirror.revisions = "/resolve/main/"
     mirror.cuts = [5000]
     assert obtain(folder).read_bytes() == BODY
-    assert [path.split("/")[-2] for path, _ in mirror.asked] == [weights.REVISION, "main", "main"]
+    assert [path.split("/")[-2] for path, _ in mirror.asked] == [released.REVISION, "main", "main"]
 
 
 @pytest.mark.parametrize(

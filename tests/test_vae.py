@@ -11,7 +11,7 @@ from torch import nn
 
 from lib_layerdiffuse import vae
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.images import pad_colors
+from lib_layerdiffuse.images.rgba import pad_colors
 from lib_layerdiffuse.nets.decoder import TransparentDecoder
 from lib_layerdiffuse.nets.encoder import TransparentEncoder
 from lib_layerdiffuse.nets.threaded import ThreadedDecoder

@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from lib_layerdiffuse import weights
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.library import WeightLibrary
 from lib_layerdiffuse.methods import DECODERS, ENCODERS, METHODS
-from lib_layerdiffuse.weights import ASSETS, address_of, check_whole, fingerprint, read_tensors
+from lib_layerdiffuse.weights import files, released
+from lib_layerdiffuse.weights.files import check_whole, fingerprint, read_tensors
+from lib_layerdiffuse.weights.library import WeightLibrary
+from lib_layerdiffuse.weights.released import ASSETS, address_of
 
 FILE = "vae_transparent_encoder.safetensors"
 TENSORS = {"a": torch.arange(2000.0), "b": torch.ones(3, 4)}
@@ -40,9 +41,9 @@ def test_every_file_a_method_needs_is_in_the_catalogue() -> None:
 
 
 @pytest.mark.parametrize("asset", ASSETS.values(), ids=lambda asset: asset.file)
-def test_asset_row(asset: weights.Asset) -> None:
+def test_asset_row(asset: released.Asset) -> None:
     assert asset.file.endswith(".safetensors")
-    assert abs(asset.size - asset.megabytes * weights.MB) <= weights.MB / 2
+    assert abs(asset.size - asset.megabytes * released.MB) <= released.MB / 2
     assert len(bytes.fromhex(asset.sha256)) == (0 if asset.file in ENCODERS.values() else 32)
 
 
@@ -66,7 +67,7 @@ def test_address(endpoint: str | None, base: str, monkeypatch: pytest.MonkeyPatc
         monkeypatch.delenv("HF_ENDPOINT", raising=False)
     else:
         monkeypatch.setenv("HF_ENDPOINT", endpoint)
-    assert address_of(FILE) == f"{base}/LayerDiffusion/layerdiffusion-v1/resolve/{weights.REVISION}/{FILE}"
+    assert address_of(FILE) == f"{base}/LayerDiffusion/layerdiffusion-v1/resolve/{released.REVISION}/{FILE}"
 
 
 # Finding
@@ -109,7 +110,7 @@ def test_a_folder_of_that_name_is_no_file(tmp_path: Path) -> None:
 @pytest.fixture
 def released(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if BODY were a released file."""
-    monkeypatch.setitem(ASSETS, FILE, weights.Asset(FILE, len(BODY), hashlib.sha256(BODY).hexdigest()))
+    monkeypatch.setitem(ASSETS, FILE, released.Asset(FILE, len(BODY), hashlib.sha256(BODY).hexdigest()))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,7 @@ def test_a_file_with_other_bytes_than_the_released_one(
     path = tmp_path / name
     path.write_bytes(content)
     reports: list[tuple[int, int]] = []
-    weights.compare(path, lambda *report: reports.append(report))
+    files.compare(path, lambda *report: reports.append(report))
     assert [str(path) in record.getMessage() for record in caplog.records] == [True] * warned
     assert not warned or "delete it: the next run downloads it again" in caplog.text
     assert set(reports) <= {(len(content), len(content))}
@@ -202,7 +203,7 @@ def test_a_file_that_goes_away_meanwhile(tmp_path: Path) -> None:
     with pytest.raises(LayerDiffuseError, match=f"{FILE} cannot be read"):
         fingerprint(tmp_path / FILE)
     with pytest.raises(LayerDiffuseError, match=f"{FILE} cannot be read"):
-        weights.sha256_of(tmp_path / FILE, quiet)
+        files.sha256_of(tmp_path / FILE, quiet)
 
 
 def test_a_file_that_cannot_be_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +211,7 @@ def test_a_file_that_cannot_be_mapped(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
 
     (tmp_path / FILE).write_bytes(BODY)
-    monkeypatch.setattr(weights, "load_file", refuse)
+    monkeypatch.setattr(files, "load_file", refuse)
     with pytest.raises(LayerDiffuseError, match=f"{FILE} cannot be read"):
         read_tensors(tmp_path / FILE)
 

@@ -32,10 +32,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset
 
-from lib_layerdiffuse.images import ResizeMode, fit, from_pil
+from lib_layerdiffuse.cli.metrics import check_some, pictures
+from lib_layerdiffuse.images.reading import read_file
+from lib_layerdiffuse.images.rgba import ResizeMode, fit, from_pil
 from lib_layerdiffuse.methods import Layer
-from lib_layerdiffuse.metrics import check_some, pictures
-from lib_layerdiffuse.reading import read_file
 from training.scenes import MATERIALS, Picture, layers, scene
 
 SCENES = 1_000_000  # of a seed; more than any training sees

@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib_layerdiffuse.images import GREY, compose
+from lib_layerdiffuse.images.rgba import GREY, compose
 from lib_layerdiffuse.methods import Layer
 from lib_layerdiffuse.tensors import Latent, Rgba
 from lib_layerdiffuse.vae import TransparentVAE

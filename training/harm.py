@@ -6,7 +6,7 @@ prints the means over the first pictures of a source (training/data.py) as JSON:
 
 - harm: by how many dB the offset worsens what the frozen VAE shows, PSNR(x, D(z)) - PSNR(x, D(z + offset)), x being the
   picture over grey (arXiv 2402.17113, section 3.1: the offset should leave the latents what they are to the model);
-- with a decoder, of encoding and decoding each picture: the metrics of lib_layerdiffuse/metrics.py.
+- with a decoder, of encoding and decoding each picture: the metrics of lib_layerdiffuse/cli/metrics.py.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from torch import nn
 
-from lib_layerdiffuse.images import GREY, compose
-from lib_layerdiffuse.metrics import compare, psnr
+from lib_layerdiffuse.cli.metrics import compare, psnr
+from lib_layerdiffuse.images.rgba import GREY, compose
 from lib_layerdiffuse.nets.decoder import TransparentDecoder
 from lib_layerdiffuse.nets.encoder import TransparentEncoder
 from lib_layerdiffuse.tensors import Rgba

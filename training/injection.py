@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from lib_layerdiffuse.hosts.diffusers import DiffusersHost, attentions_of, checkpoint_keys
+from lib_layerdiffuse.engine.diffusers import DiffusersHost, attentions_of, checkpoint_keys
+from lib_layerdiffuse.injection.patches import Key
 from lib_layerdiffuse.methods import Layer, Method, find_method
 from lib_layerdiffuse.nets.attention_sharing import (
     LEVELS,
@@ -36,9 +37,8 @@ from lib_layerdiffuse.nets.attention_sharing import (
     attend,
     control_tokens,
 )
-from lib_layerdiffuse.patches import Key
 from lib_layerdiffuse.tensors import Rgb, StateDict, Tokens
-from lib_layerdiffuse.weights import read_tensors
+from lib_layerdiffuse.weights.files import read_tensors
 from training import diffusion
 from training.data import OneLayer, open_layers, open_source
 from training.diffusion import DiffusionSettings, DiffusionTrainer, Encoder

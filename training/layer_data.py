@@ -23,8 +23,8 @@ from diffusers import AutoPipelineForInpainting
 from PIL import Image, ImageFilter
 from tqdm import tqdm
 
-from lib_layerdiffuse.images import flattened, over, to_pil
-from lib_layerdiffuse.reading import read_file
+from lib_layerdiffuse.images.reading import read_file
+from lib_layerdiffuse.images.rgba import flattened, over, to_pil
 from training.data import captions, sample
 
 SEEN_THROUGH = 9  # pixels by which the masked part goes beyond the foreground's edge, so that nothing of it stays

@@ -21,7 +21,7 @@ import torch
 from numpy.random import Generator
 from PIL import Image, ImageDraw
 
-from lib_layerdiffuse.images import to_pil
+from lib_layerdiffuse.images.rgba import to_pil
 
 Plane = np.ndarray  # [H, W] float32
 Picture = np.ndarray  # [H, W, 3 or 4] float32 in 0..1, straight alpha, colour everywhere

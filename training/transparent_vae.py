@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
-from lib_layerdiffuse.images import GREY, checkerboard, compose, padded_argb
+from lib_layerdiffuse.images.rgba import GREY, checkerboard, compose, padded_argb
 from lib_layerdiffuse.nets.decoder import ResNet, SelfAttention, TransparentDecoder
 from lib_layerdiffuse.nets.encoder import TransparentEncoder
 from lib_layerdiffuse.tensors import Argb, Latent, Rgb, Rgba

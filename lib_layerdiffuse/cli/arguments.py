@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from lib_layerdiffuse.cli.models import USUAL_CFG, WORLD_CFG
+from lib_layerdiffuse.images.reading import read_file
 from lib_layerdiffuse.methods import Family
-from lib_layerdiffuse.reading import read_file
-from lib_layerdiffuse.request import FORM
+from lib_layerdiffuse.request.layers import FORM
 from lib_layerdiffuse.vae import PASSES
 
 ABOUT = """LayerDiffuse without a web UI.

@@ -12,20 +12,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
-from lib_layerdiffuse import files
-from lib_layerdiffuse.cli import latents
+from lib_layerdiffuse.cli import files, latents
 from lib_layerdiffuse.cli.arguments import CONTROLS, parser
+from lib_layerdiffuse.cli.files import FOR_OPAQUE, LOSSLESS, check_folder, check_target
 from lib_layerdiffuse.cli.models import USUAL_CFG, WORLD_CFG, open_studio, quieten
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.files import FOR_OPAQUE, LOSSLESS, check_folder, check_target
-from lib_layerdiffuse.images import from_pil, over, to_pil
+from lib_layerdiffuse.images.reading import read_file
+from lib_layerdiffuse.images.rgba import from_pil, over, to_pil
 from lib_layerdiffuse.methods import Family, Layer
-from lib_layerdiffuse.notes import alpha_note, notes
-from lib_layerdiffuse.outputs import has_alpha
-from lib_layerdiffuse.reading import read_file
-from lib_layerdiffuse.request import Request
+from lib_layerdiffuse.request.advice import alpha_note, notes
+from lib_layerdiffuse.request.layers import Request
 from lib_layerdiffuse.tensors import Latent, Rgb
 from lib_layerdiffuse.vae import LATENT_STRIDE
+from lib_layerdiffuse.webui.outputs import has_alpha
 
 ANOTHER_SEED = -1  # as web UIs ask for it
 USUAL_SEEDS = 2**32  # of web UIs
@@ -53,7 +52,7 @@ def say(stream: TextIO, line: str) -> None:
 
 
 def generate(arguments: argparse.Namespace) -> dict[str, Any]:
-    from lib_layerdiffuse.studio import check
+    from lib_layerdiffuse.engine.studio import check
 
     request, job = request_of(arguments), job_of(arguments)
     check(job, request)
@@ -80,7 +79,7 @@ def request_of(arguments: argparse.Namespace) -> Request | None:
 
 
 def job_of(arguments: argparse.Namespace) -> Any:
-    from lib_layerdiffuse.studio import Job
+    from lib_layerdiffuse.engine.studio import Job
 
     usual_cfg = USUAL_CFG if arguments.model else WORLD_CFG
     return Job(
@@ -123,7 +122,7 @@ def notes_of(request: Request | None, made: Sequence[Sequence[Any]], sampler: st
 
 
 def encode(arguments: argparse.Namespace) -> dict[str, Any]:
-    from lib_layerdiffuse.studio import check_picture
+    from lib_layerdiffuse.engine.studio import check_picture
 
     check_target(arguments.latent, [latents.ENDING], "a latent", arguments.overwrite)
     image = read_file(arguments.picture)
@@ -178,7 +177,7 @@ def compose(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def metrics(arguments: argparse.Namespace) -> dict[str, Any]:
-    from lib_layerdiffuse.metrics import compare_folders
+    from lib_layerdiffuse.cli.metrics import compare_folders
 
     if arguments.lpips and not find_spec("torchvision"):
         raise LayerDiffuseError("--lpips needs torchvision, which is not installed: pip install torchvision")

@@ -9,10 +9,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from lib_layerdiffuse.cli.files import reading
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.files import reading
-from lib_layerdiffuse.injection import LATENT_CHANNELS
-from lib_layerdiffuse.reading import MAX_PIXELS
+from lib_layerdiffuse.images.reading import MAX_PIXELS
+from lib_layerdiffuse.injection.content import LATENT_CHANNELS
 from lib_layerdiffuse.tensors import Latent
 from lib_layerdiffuse.vae import LATENT_STRIDE
 

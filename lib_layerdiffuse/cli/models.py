@@ -28,8 +28,8 @@ def open_studio(arguments: argparse.Namespace, family: Family) -> Any:
     """The model that was asked for, with what finds its weights. Raises LayerDiffuseError."""
     import torch
 
-    from lib_layerdiffuse.hosts.diffusers import DiffusersHost
-    from lib_layerdiffuse.studio import Studio
+    from lib_layerdiffuse.engine.diffusers import DiffusersHost
+    from lib_layerdiffuse.engine.studio import Studio
 
     device = device_of(arguments.device)
     if arguments.json:
@@ -48,8 +48,8 @@ def open_studio(arguments: argparse.Namespace, family: Family) -> Any:
 
 def open_world(family: Family) -> Any:
     """The tiny world, whose families have one VAE, and so one transparent pair."""
-    from lib_layerdiffuse.hosts.diffusers import DiffusersHost
-    from lib_layerdiffuse.studio import Studio
+    from lib_layerdiffuse.engine.diffusers import DiffusersHost
+    from lib_layerdiffuse.engine.studio import Studio
 
     of_all = {names[each]: names[Family.SDXL] for names in (ENCODERS, DECODERS) for each in Family}
     return Studio(DiffusersHost.load_world(WORLD, family), lambda file: WORLD / "weights" / of_all.get(file, file))
@@ -82,7 +82,7 @@ def obtainer(folders: Sequence[Path], hidden: bool = False) -> Callable[[str], P
     """Finds weight files, and downloads what is missing with a progress bar, unless it is to be hidden."""
     from tqdm import tqdm
 
-    from lib_layerdiffuse.library import WeightLibrary
+    from lib_layerdiffuse.weights.library import WeightLibrary
 
     library = WeightLibrary(folders)
 

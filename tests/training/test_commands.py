@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from lib_layerdiffuse.cli import commands, models
 from lib_layerdiffuse.cli.models import open_world
-from lib_layerdiffuse.hosts.diffusers import DiffusersHost
-from lib_layerdiffuse.images import from_pil
-from lib_layerdiffuse.reading import MAX_PIXELS
+from lib_layerdiffuse.engine.diffusers import DiffusersHost
+from lib_layerdiffuse.images.reading import MAX_PIXELS
+from lib_layerdiffuse.images.rgba import from_pil
 from tests.odd_files import bomb
 
 SIZE = 64

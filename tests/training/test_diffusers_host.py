@@ -8,9 +8,9 @@ from accelerate.state import AcceleratorState
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors.torch import load_file
 
+from lib_layerdiffuse.engine.diffusers import DiffusersHost, Sampling, checkpoint_keys
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.hosts.diffusers import DiffusersHost, Sampling, checkpoint_keys
-from lib_layerdiffuse.injection import load_injection
+from lib_layerdiffuse.injection.content import load_injection
 from lib_layerdiffuse.methods import METHODS, Family, find_method
 from training.injection import KINDS, InjectionSettings, start_from
 from training.tiny.models import MAKERS, TOKENS, make_tokenizer, make_vae

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from lib_layerdiffuse.images import GREY, compose
-from lib_layerdiffuse.injection import load_injection
+from lib_layerdiffuse.images.rgba import GREY, compose
+from lib_layerdiffuse.injection.content import load_injection
 from lib_layerdiffuse.methods import Family, Layer, find_method
 from lib_layerdiffuse.nets.encoder import TransparentEncoder
 from lib_layerdiffuse.vae import TransparentVAE

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lib_layerdiffuse.images import over
+from lib_layerdiffuse.images.rgba import over
 from lib_layerdiffuse.methods import Family
 from training.data import open_layers
 from training.layer_data import Builder, Settings, build, rows_of

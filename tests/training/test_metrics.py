@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from lib_layerdiffuse.__main__ import main
+from lib_layerdiffuse.cli.metrics import BACKGROUNDS, MOST_DB, compare, compare_folders, slope
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.metrics import BACKGROUNDS, MOST_DB, compare, compare_folders, slope
 from tests.odd_files import bomb
 
 

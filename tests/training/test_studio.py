@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lib_layerdiffuse.hosts.diffusers import DiffusersHost
-from lib_layerdiffuse.images import from_pil, over
+from lib_layerdiffuse.engine.diffusers import DiffusersHost
+from lib_layerdiffuse.images.rgba import from_pil, over
 from lib_layerdiffuse.methods import METHODS, Layer, find_method
 
 SIZE = 64

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from lib_layerdiffuse.images import GREY, compose, pad_colors
+from lib_layerdiffuse.images.rgba import GREY, compose, pad_colors
 from lib_layerdiffuse.nets.decoder import TransparentDecoder
 from lib_layerdiffuse.nets.encoder import TransparentEncoder
 from lib_layerdiffuse.vae import ORIENTATIONS, TransparentVAE

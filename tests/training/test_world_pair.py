@@ -9,9 +9,9 @@ from statistics import fmean
 
 import pytest
 
-from lib_layerdiffuse.images import GREY, compose
+from lib_layerdiffuse.cli.metrics import over_backgrounds, psnr
+from lib_layerdiffuse.images.rgba import GREY, compose
 from lib_layerdiffuse.methods import Family
-from lib_layerdiffuse.metrics import over_backgrounds, psnr
 from tests.training.world import HELD_OUT, rgba_of, studio_of
 from training.scenes import to_image
 

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 
 from lib_layerdiffuse.__main__ import main
+from lib_layerdiffuse.cli.metrics import psnr
 from lib_layerdiffuse.cli.models import WORLD_CFG
-from lib_layerdiffuse.images import from_pil, over
+from lib_layerdiffuse.engine.studio import Job
+from lib_layerdiffuse.images.rgba import from_pil, over
 from lib_layerdiffuse.methods import Layer, find_method
-from lib_layerdiffuse.metrics import psnr
-from lib_layerdiffuse.request import Request
-from lib_layerdiffuse.studio import Job
+from lib_layerdiffuse.request.layers import Request
 from tests.training.world import HELD_OUT, SEED, SIZE, rgba_of, studio_of
 from training.scenes import COLOURS, layers, to_image
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from lib_layerdiffuse.images import compose
+from lib_layerdiffuse.images.rgba import compose
 from lib_layerdiffuse.tensors import Rgb, Rgba
 from training.data import open_source
 from training.tiny.models import make_vae

@@ -1,0 +1,1 @@
+"""What is done with a loaded model, whatever program loaded it."""

@@ -1,0 +1,1 @@
+"""Released weight files: which there are, how they come, and whether they are whole."""
