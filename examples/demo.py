@@ -50,15 +50,15 @@ class World:
     """The tiny world's models."""
 
     def __init__(self) -> None:
-        self.studios = {family: open_world(family) for family in Family}
-        for studio in self.studios.values():
-            studio.host.pipeline.set_progress_bar_config(disable=True)
+        self.runners = {family: open_world(family) for family in Family}
+        for runner in self.runners.values():
+            runner.backend.pipeline.set_progress_bar_config(disable=True)
 
     def painted(self, prompt: str, seed: int, request: Request | None = None) -> Pictures:
-        from lib_layerdiffuse.engine.studio import Job  # and with it libraries that are to be quiet by then
+        from lib_layerdiffuse.engine.runner import Job  # and with it libraries that are to be quiet by then
 
-        studio = self.studios[request.method.family if request else Family.SDXL]
-        [together] = studio.run(request, Job(prompt, seed=seed, width=SIZE, height=SIZE, cfg=WORLD_CFG))
+        runner = self.runners[request.method.family if request else Family.SDXL]
+        [together] = runner.run(request, Job(prompt, seed=seed, width=SIZE, height=SIZE, cfg=WORLD_CFG))
         return {made.layer: made.image for made in together}
 
     def transparent(self, key: str) -> list[Image.Image]:

@@ -16,8 +16,9 @@ from lib_layerdiffuse.request.layers import Request
 from lib_layerdiffuse.webui import detect, outputs, panel, xyz_axes
 from lib_layerdiffuse.webui.api import routes
 from lib_layerdiffuse.webui.differential_session import ChangeSession
+from lib_layerdiffuse.webui.extension import Extension
+from lib_layerdiffuse.webui.opening import open_session
 from lib_layerdiffuse.webui.session import Session
-from lib_layerdiffuse.webui.workshop import Workshop
 
 log = logging.getLogger("layerdiffuse")
 log.setLevel(logging.INFO)
@@ -27,8 +28,8 @@ if not log.hasHandlers():  # Forge sets up none, unless it is started with --log
 
 try:
     host = detect.web_ui()
-    workshop = Workshop(host)
-    page = panel.Page(workshop)
+    extension = Extension(host)
+    page = panel.Page(extension)
     unsupported = ""
 except LayerDiffuseError as error:
     unsupported = str(error)
@@ -120,7 +121,7 @@ class LayerDiffuse(scripts.Script):
         with ending_job(p):
             asked = getattr(p, "layerdiffuse_request", None) or Request.parse(args, getattr(p, "layerdiffuse_axes", {}))
             if asked:
-                p.layerdiffuse = workshop.open(p, asked)
+                p.layerdiffuse = open_session(host, extension.engine, p, asked)
                 p.extra_generation_params.update(p.layerdiffuse.infotext)
 
     def before_process_init_images(self, p: Any, pp: Any, *args: Any, **kwargs: Any) -> None:
@@ -213,5 +214,5 @@ if not unsupported:
     script_callbacks.on_app_started(lambda blocks, app: host.answer_png(outputs.is_marked))
     forms = (layers.FORM, differential.FORM)
     script_callbacks.on_app_started(lambda blocks, app: host.read_args({form.title: form.posted for form in forms}))
-    script_callbacks.on_app_started(lambda blocks, app: routes.register(app, workshop))
+    script_callbacks.on_app_started(lambda blocks, app: routes.register(app, extension))
     host.show_pictures()

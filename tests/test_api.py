@@ -29,7 +29,7 @@ from lib_layerdiffuse.nets.encoder import TransparentEncoder
 from lib_layerdiffuse.vae import TransparentVAE
 from lib_layerdiffuse.webui.api import guards, routes
 from lib_layerdiffuse.webui.api.guards import AT_ONCE, MAX_BODY, PIECE
-from lib_layerdiffuse.webui.workshop import Workshop
+from lib_layerdiffuse.webui.extension import Extension
 from lib_layerdiffuse.weights.checkpoints import CONTEXT_KEY, FIRST_KEY
 from lib_layerdiffuse.weights.released import ASSETS, REVISION
 
@@ -53,6 +53,13 @@ class SmallHost:
         self.waiting = threading.Semaphore(0)  # one for each that has asked for the queue
         self.turns = 0  # of the GPU
         self.checkpoint = None
+
+    @property
+    def backend(self):
+        return self
+
+    def forget(self, injection):
+        pass
 
     def name(self):
         return "Small UI 1"
@@ -98,7 +105,7 @@ def host(tmp_path):
 
 def app_of(host):
     app = FastAPI()
-    routes.register(app, Workshop(host))
+    routes.register(app, Extension(host))
     return app
 
 
@@ -829,11 +836,11 @@ def shape(value):
 
 
 def test_routes_can_be_added_to_a_server_that_runs_and_to_the_next(host):
-    workshop = Workshop(host)
+    extension = Extension(host)
     for _ in range(2):  # the web UI is reloaded
         app = FastAPI()
         with TestClient(app) as client:
             assert client.get(DOCUMENT).json()["paths"] == {}
-            routes.register(app, workshop)
+            routes.register(app, extension)
             assert client.get(f"{routes.PREFIX}/health").status_code == 200
             assert f"{routes.PREFIX}/health" in client.get(DOCUMENT).json()["paths"]

@@ -13,6 +13,10 @@ from reference import ReferenceDecoder, random_state_dict, reference_encoder
 from safetensors.torch import save_file
 from torch import nn
 
+from lib_layerdiffuse.engine import loaded
+from lib_layerdiffuse.engine.backend import BaseModel
+from lib_layerdiffuse.engine.engine import Engine, check_family
+from lib_layerdiffuse.engine.loaded import LoadedWeights
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.images.rgba import ResizeMode, content_hash, fit, over, over_grey, pad_colors, to_pil
 from lib_layerdiffuse.injection.content import WeightPatch
@@ -21,10 +25,10 @@ from lib_layerdiffuse.nets.encoder import TransparentEncoder
 from lib_layerdiffuse.request.layers import GREY_BACKGROUND, Request
 from lib_layerdiffuse.vae import TransparentVAE
 from lib_layerdiffuse.webui import outputs
-from lib_layerdiffuse.webui.host import BaseModel
+from lib_layerdiffuse.webui.extension import Extension
+from lib_layerdiffuse.webui.opening import open_session
 from lib_layerdiffuse.webui.script_runs import ScriptRun
-from lib_layerdiffuse.webui.session import Session, check_family
-from lib_layerdiffuse.webui.workshop import Workshop
+from lib_layerdiffuse.webui.session import Session
 
 METHOD = find_method("sd15_transparent_attn")
 LORA_KEY = "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
@@ -56,10 +60,15 @@ class SmallHost:
         self.script = ScriptRun("")
         self.family = family
         self.reports, self.injected, self.notes, self.runs, self.starts = [], [], [], [], []
-        self.forgotten, self.alive_at_return = [], []
+        self.forgotten = []
         self.folder = None
         self.interrupted_after = None
         self.encoded = 0
+
+    @property
+    def backend(self):
+        """The model too, to keep account in one place."""
+        return self
 
     def option(self, key):
         return self.options[key]
@@ -71,11 +80,11 @@ class SmallHost:
     def interrupted(self):
         return self.interrupted_after is not None and len(self.reports) >= self.interrupted_after
 
-    def base_model(self, p):
+    def base_model(self):
         return BaseModel("model", f"an {self.family.word} checkpoint", self.family)
 
-    def inject(self, p, injection, request, condition):
-        self.injected.append((injection, request, condition))
+    def inject(self, injection, weight, start, stop, condition):
+        self.injected.append((injection, weight, start, stop, condition))
         return nullcontext()
 
     def around_sampling(self, p, owner, around, finished):
@@ -83,12 +92,12 @@ class SmallHost:
         with around(latent, latent):
             finished(latent)
 
-    def posterior(self, p, rgb):
+    def posterior(self, rgb):
         self.encoded += 1
         mean = nn.functional.interpolate(rgb, scale_factor=1 / 8, mode="area")
         return mean, (1 + mean) / 100
 
-    def sampler_latent(self, p, vae_latent):
+    def sampler_latent(self, vae_latent):
         return vae_latent * 2
 
     def init_images(self, p):
@@ -171,10 +180,7 @@ class SmallHost:
     def forget(self, injection):
         self.forgotten.append(ref(injection))
 
-    def return_memory(self):
-        self.alive_at_return.append([injection() for injection in self.forgotten if injection()])
-
-    def vae_latent(self, p, sampler_latent):
+    def vae_latent(self, sampler_latent):
         return sampler_latent / 2
 
     def places(self, module, memory):
@@ -220,8 +226,12 @@ def shown(pixel):
 INJECTION = SimpleNamespace(content=WeightPatch({}, {}))
 
 
+def engine(host):
+    return Engine(host.backend, LoadedWeights(lambda file: host.folder / file, host.forget))
+
+
 def session(host, decoder=None, injection=INJECTION, **changes):
-    return Session(host, request(**changes), injection, TransparentVAE(decoder or Halves()))
+    return Session(host, engine(host), request(**changes), injection, TransparentVAE(decoder or Halves()))
 
 
 def test_every_batch_decodes_its_own_latents_in_vae_space():
@@ -252,7 +262,7 @@ def test_injection_is_open_while_sampling():
     host = SmallHost()
     work = session(host, weight=0.5, ending_step=0.25)
     work.before_sampling(job([torch.zeros(1, 4, 2, 2)]))
-    assert host.injected == [(INJECTION, work.request, None)]
+    assert host.injected == [(INJECTION, 0.5, 0.0, 0.25, None)]
 
 
 def test_nothing_is_injected_without_an_injection():
@@ -308,7 +318,7 @@ def test_a_latent_of_no_numbers_ends_the_job_instead_of_in_a_picture(value):
 )
 def test_a_vae_that_answers_with_no_numbers_ends_the_job_before_it_samples(make):
     host = SmallHost()
-    host.posterior = lambda p, rgb: (torch.full((1, 4, 2, 2), float("nan")), torch.zeros(1, 4, 2, 2))
+    host.posterior = lambda rgb: (torch.full((1, 4, 2, 2), float("nan")), torch.zeros(1, 4, 2, 2))
     with pytest.raises(LayerDiffuseError, match="latent that the VAE made has values that are no"):
         make(host).before_sampling(job([torch.zeros(1, 4, 2, 2)]))
 
@@ -354,7 +364,7 @@ def test_infotexts_stay_out_of_files_where_the_settings_say_so():
 def test_a_script_that_knows_no_transparency_gets_opaque_pictures():
     host = SmallHost()
     host.script = ScriptRun("SD upscale")
-    work = Session(host, request(), INJECTION, None)
+    work = Session(host, engine(host), request(), INJECTION, None)
     p = job([torch.ones(1, 4, 2, 2)])
     work.before_sampling(p)
     work.decode_batch(p, pixels(1))
@@ -383,7 +393,7 @@ def layers(host, key, injection=INJECTION, **changes):
     host.family = asked.method.family
     if asked.method.chain:
         asked = asked.for_step(asked.method.chain[0], asked.images)
-    return Session(host, asked, injection, TransparentVAE(Halves()))
+    return Session(host, engine(host), asked, injection, TransparentVAE(Halves()))
 
 
 def sample(work, batches=1, rows=range(1)):
@@ -465,7 +475,7 @@ def test_foreground_over_background_goes_with_the_last_picture_that_belongs_to_t
 def test_condition_latents_stand_in_the_order_of_the_method_s_inputs():
     host = SmallHost()
     sample(layers(host, "xl_fgble2bg"))
-    [(_, _, condition)] = host.injected
+    [(*_, condition)] = host.injected
     expected = torch.cat([nn.functional.interpolate(over_grey(image), (2, 2)) for image in (RED_GLASS, GREEN)], dim=1)
     torch.testing.assert_close(condition, 2 * expected)  # in sampler space
 
@@ -473,7 +483,7 @@ def test_condition_latents_stand_in_the_order_of_the_method_s_inputs():
 def test_attention_sharing_gets_the_picture_itself():
     host = SmallHost()
     sample(layers(host, "sd15_bg2fg", SHARING), rows=range(2))
-    [(_, _, condition)] = host.injected
+    [(*_, condition)] = host.injected
     torch.testing.assert_close(condition, over_grey(BLUE))
 
 
@@ -484,7 +494,7 @@ def test_condition_is_encoded_once_for_each_size():
     for _ in range(6):
         work.before_sampling(p)
     assert host.encoded == 2
-    assert [condition.shape[-1] for _, _, condition in host.injected] == [2, 3] * 3
+    assert [condition.shape[-1] for *_, condition in host.injected] == [2, 3] * 3
 
 
 def test_each_picture_of_a_batch_can_have_its_own_condition():
@@ -493,9 +503,9 @@ def test_each_picture_of_a_batch_can_have_its_own_condition():
     several = [Image.new("RGB", (16, 16), (value, 0, 0)) for value in (0, 51, 102, 255)]
     step = asked.for_step(asked.method.steps[0], dict(asked.images) | {Layer.BLEND: several})
     host.family = Family.SDXL
-    work = Session(host, step, INJECTION, TransparentVAE(Halves()))
+    work = Session(host, engine(host), step, INJECTION, TransparentVAE(Halves()))
     sample(work, rows=range(2, 4))
-    [(_, _, condition)] = host.injected
+    [(*_, condition)] = host.injected
     assert condition.shape == (2, 6, 2, 2)
     torch.testing.assert_close(condition[:, 2, 0, 0], torch.tensor([400 / 255, 400 / 255]))  # the background's blue
     torch.testing.assert_close(condition[:, 3, 0, 0], torch.tensor([0.8, 2.0]))
@@ -554,7 +564,7 @@ def test_a_later_step_does_not_run_the_chain_again():
     asked = request(method="xl_everything")
     host.family = Family.SDXL
     step = asked.for_step(asked.method.chain[1], {Layer.FG: (RED_GLASS,)})
-    work = Session(host, step, INJECTION, None)
+    work = Session(host, engine(host), step, INJECTION, None)
     p, made = sample(work)
     work.finish(p, SimpleNamespace(images=made, extra_images=[]))
     assert host.runs == []
@@ -599,39 +609,42 @@ def assert_starts(starts, images, transparent=True):
 def starting(host, inits, key=METHOD.key, net=None):
     asked = request(method=key, **PICTURES)
     host.family = asked.method.family
-    return Session(host, asked, None, TransparentVAE(Halves(), net or encoder()), inits)
+    return Session(host, engine(host), asked, None, TransparentVAE(Halves(), net or encoder()), inits)
 
 
 DECODER = {key: value.contiguous() for key, value in random_state_dict(ReferenceDecoder(layers=1)).items()}
 
 
 @pytest.fixture
-def workshop(tmp_path):
+def extension(tmp_path):
     """With small networks under the names of the released files."""
     host = SmallHost()
     host.folder = tmp_path
     save_file(DECODER, tmp_path / DECODERS[Family.SD15])
     save_file(ENCODER, tmp_path / ENCODERS[Family.SD15])
-    return Workshop(host)
+    return Extension(host)
 
 
-def test_weights_are_gone_before_others_are_read(workshop):
+def test_weights_are_gone_before_others_are_read(extension, monkeypatch):
     """Each is up to 3.6 GB: two at a time would not fit everywhere."""
-    host = workshop.host
+    host = extension.host
+    alive = []
+    forgotten = host.forgotten
+    monkeypatch.setattr(loaded, "return_freed_memory", lambda: alive.append([each() for each in forgotten if each()]))
     host.family = Family.SDXL
     keys = ["xl_transparent_attn", "xl_transparent_conv"]
     save_file(DECODER, host.folder / DECODERS[Family.SDXL])
     for key in keys:
         save_file(LORA, host.folder / find_method(key).weights)
     for key in [keys[0], keys[0], keys[1], keys[0]]:
-        assert workshop.open(job(), request(method=key)).injection.method.key == key
+        assert open_session(extension.host, extension.engine, job(), request(method=key)).injection.method.key == key
     assert len(host.forgotten) == 2
-    assert host.alive_at_return == [[], [], []]
+    assert alive == [[], [], []]
 
 
-def opened(workshop, p, **changes):
+def opened(extension, p, **changes):
     """Through the hooks up to the first sampling."""
-    work = workshop.open(p, request(weight=0, **changes))
+    work = open_session(extension.host, extension.engine, p, request(weight=0, **changes))
     work.before_sampling(p)
     return work
 
@@ -659,7 +672,7 @@ def test_pictures_that_are_no_foregrounds_start_as_the_host_has_them():
     host = SmallHost()
     asked = request(method="xl_fgble2bg", **PICTURES)
     host.family = Family.SDXL
-    work = Session(host, asked, INJECTION, None, [random_image()])
+    work = Session(host, engine(host), asked, INJECTION, None, [random_image()])
     work.before_sampling(job([torch.zeros(1, 4, 2, 2)]))
     assert host.starts == []
 
@@ -675,26 +688,26 @@ def test_each_picture_of_a_batch_starts_from_its_own():
     assert host.encoded == 3  # in the first batch
 
 
-def test_one_picture_repeated_is_encoded_once(workshop):
+def test_one_picture_repeated_is_encoded_once(extension):
     image = random_image()
     p = job([torch.zeros(3, 4, 2, 2)], range(3), [image] * 3)
-    opened(workshop, p)
-    [start] = workshop.host.starts
+    opened(extension, p)
+    [start] = extension.host.starts
     assert_starts(start, [image] * 3)
-    assert workshop.host.encoded == 1
+    assert extension.host.encoded == 1
 
 
-def test_the_host_takes_the_mask_for_what_is_seen_of_it(workshop):
+def test_the_host_takes_the_mask_for_what_is_seen_of_it(extension):
     p = job([torch.zeros(1, 4, 2, 2)], range(1), [random_image()])
     p.mask = Image.new("RGBA", (16, 16))
-    opened(workshop, p)
+    opened(extension, p)
     assert p.flat_mask is p.mask
 
 
-def test_different_pictures_are_encoded_each(workshop):
+def test_different_pictures_are_encoded_each(extension):
     images = [random_image(seed) for seed in range(2)]
-    opened(workshop, job([torch.zeros(2, 4, 2, 2)], range(2), images))
-    [start] = workshop.host.starts
+    opened(extension, job([torch.zeros(2, 4, 2, 2)], range(2), images))
+    [start] = extension.host.starts
     assert_starts(start, images)
 
 
@@ -728,50 +741,50 @@ INITS = {
 
 
 @pytest.mark.parametrize(("image", "rows"), INITS.values(), ids=INITS.keys())
-def test_start_from_a_picture_of_any_mode(workshop, image, rows):
+def test_start_from_a_picture_of_any_mode(extension, image, rows):
     p = job([torch.zeros(1, 4, 2, 2)], inits=[image])
-    opened(workshop, p)
+    opened(extension, p)
     expected = Image.fromarray(np.array(rows * 8, np.uint8)[:, None].repeat(16, axis=1))
-    [start] = workshop.host.starts
+    [start] = extension.host.starts
     assert_starts(start, [expected])
     [seen] = p.init_images
     assert seen == to_pil(over_grey(expected)[0])
 
 
 @pytest.mark.parametrize("mode", list(ResizeMode))
-def test_start_from_a_picture_of_another_size(workshop, mode):
+def test_start_from_a_picture_of_another_size(extension, mode):
     image = random_image(size=(40, 24))
     p = job([torch.zeros(1, 4, 2, 2)], inits=[image], mode=mode)
-    opened(workshop, p)
+    opened(extension, p)
     fitted = fit(image, mode, 16, 16)
-    [start] = workshop.host.starts
+    [start] = extension.host.starts
     assert_starts(start, [fitted])
     assert p.init_images == [to_pil(over_grey(fitted)[0])]
 
 
-def test_what_is_enlarged_as_latents_is_encoded_at_its_own_size_in_whole_cells(workshop):
+def test_what_is_enlarged_as_latents_is_encoded_at_its_own_size_in_whole_cells(extension):
     image = random_image(size=(27, 17))
     p = job([torch.zeros(1, 4, 2, 2)], inits=[image], mode=None)
-    opened(workshop, p)
-    [start] = workshop.host.starts
+    opened(extension, p)
+    [start] = extension.host.starts
     assert_starts(start, [image.crop((0, 0, 24, 16))])
     assert p.init_images[0].size == (24, 16)
 
 
-def test_of_a_region_only_that_is_encoded(workshop):
+def test_of_a_region_only_that_is_encoded(extension):
     image = random_image(size=(40, 32))
     p = job([torch.zeros(1, 4, 2, 2)], inits=[image], region=(9, 4, 25, 20))
-    opened(workshop, p)
-    [start] = workshop.host.starts
+    opened(extension, p)
+    [start] = extension.host.starts
     assert_starts(start, [Image.fromarray(np.array(image)[4:20, 9:25])])
     assert p.init_images[0].size == image.size
 
 
-def test_a_region_is_encoded_enlarged(workshop):
+def test_a_region_is_encoded_enlarged(extension):
     image = Image.new("RGBA", (20, 20), (200, 0, 0, 255))
     image.paste((0, 255, 0, 60), (5, 5, 13, 13))
-    opened(workshop, job([torch.zeros(1, 4, 2, 2)], inits=[image], region=(5, 5, 13, 13)))
-    [start] = workshop.host.starts
+    opened(extension, job([torch.zeros(1, 4, 2, 2)], inits=[image], region=(5, 5, 13, 13)))
+    [start] = extension.host.starts
     assert_starts(start, [Image.new("RGBA", (16, 16), (0, 255, 0, 60))])
 
 
@@ -789,21 +802,21 @@ def test_what_is_masked_starts_from_its_surroundings_where_the_job_says_so(fills
     assert_starts(start, [around if fills else image])
 
 
-def test_networks_are_read_once_and_the_encoder_for_img2img_only(workshop):
-    (workshop.host.folder / ENCODERS[Family.SD15]).rename(workshop.host.folder / "later")
-    without = opened(workshop, job([torch.zeros(1, 4, 2, 2)]))
-    (workshop.host.folder / "later").rename(workshop.host.folder / ENCODERS[Family.SD15])
-    first, second = (opened(workshop, job([torch.zeros(1, 4, 2, 2)], inits=[random_image()])) for _ in range(2))
+def test_networks_are_read_once_and_the_encoder_for_img2img_only(extension):
+    (extension.host.folder / ENCODERS[Family.SD15]).rename(extension.host.folder / "later")
+    without = opened(extension, job([torch.zeros(1, 4, 2, 2)]))
+    (extension.host.folder / "later").rename(extension.host.folder / ENCODERS[Family.SD15])
+    first, second = (opened(extension, job([torch.zeros(1, 4, 2, 2)], inits=[random_image()])) for _ in range(2))
     assert without.vae.encoder is None
     assert without.vae.decoder is first.vae.decoder is second.vae.decoder
     assert first.vae.encoder is second.vae.encoder
 
 
-def test_a_file_that_is_no_encoder_is_named(workshop):
-    path = workshop.host.folder / ENCODERS[Family.SD15]
+def test_a_file_that_is_no_encoder_is_named(extension):
+    path = extension.host.folder / ENCODERS[Family.SD15]
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(LayerDiffuseError, match=rf"{path.name} is not a transparent encoder: .*Delete it"):
-        workshop.open(job(inits=[random_image()]), request(weight=0))
+        open_session(extension.host, extension.engine, job(inits=[random_image()]), request(weight=0))
 
 
 @pytest.mark.parametrize(("failures", "succeeds"), [(1, True), (2, False)])

@@ -15,10 +15,10 @@ from safetensors.torch import save, save_file
 
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.methods import DECODERS, ENCODERS, METHODS
-from lib_layerdiffuse.weights import files, released
+from lib_layerdiffuse.weights import files
 from lib_layerdiffuse.weights.files import check_whole, fingerprint, read_tensors
 from lib_layerdiffuse.weights.library import WeightLibrary
-from lib_layerdiffuse.weights.released import ASSETS, address_of
+from lib_layerdiffuse.weights.released import ASSETS, MB, REVISION, Asset, address_of
 
 FILE = "vae_transparent_encoder.safetensors"
 TENSORS = {"a": torch.arange(2000.0), "b": torch.ones(3, 4)}
@@ -41,9 +41,9 @@ def test_every_file_a_method_needs_is_in_the_catalogue() -> None:
 
 
 @pytest.mark.parametrize("asset", ASSETS.values(), ids=lambda asset: asset.file)
-def test_asset_row(asset: released.Asset) -> None:
+def test_asset_row(asset: Asset) -> None:
     assert asset.file.endswith(".safetensors")
-    assert abs(asset.size - asset.megabytes * released.MB) <= released.MB / 2
+    assert abs(asset.size - asset.megabytes * MB) <= MB / 2
     assert len(bytes.fromhex(asset.sha256)) == (0 if asset.file in ENCODERS.values() else 32)
 
 
@@ -67,7 +67,7 @@ def test_address(endpoint: str | None, base: str, monkeypatch: pytest.MonkeyPatc
         monkeypatch.delenv("HF_ENDPOINT", raising=False)
     else:
         monkeypatch.setenv("HF_ENDPOINT", endpoint)
-    assert address_of(FILE) == f"{base}/LayerDiffusion/layerdiffusion-v1/resolve/{released.REVISION}/{FILE}"
+    assert address_of(FILE) == f"{base}/LayerDiffusion/layerdiffusion-v1/resolve/{REVISION}/{FILE}"
 
 
 # Finding
@@ -110,7 +110,7 @@ def test_a_folder_of_that_name_is_no_file(tmp_path: Path) -> None:
 @pytest.fixture
 def released(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if BODY were a released file."""
-    monkeypatch.setitem(ASSETS, FILE, released.Asset(FILE, len(BODY), hashlib.sha256(BODY).hexdigest()))
+    monkeypatch.setitem(ASSETS, FILE, Asset(FILE, len(BODY), hashlib.sha256(BODY).hexdigest()))
 
 
 @pytest.mark.parametrize(

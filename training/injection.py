@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from lib_layerdiffuse.engine.diffusers import DiffusersHost, attentions_of, checkpoint_keys
+from lib_layerdiffuse.engine.diffusers import DiffusersBackend, attentions_of, checkpoint_keys
 from lib_layerdiffuse.injection.patches import Key
 from lib_layerdiffuse.methods import Layer, Method, find_method
 from lib_layerdiffuse.nets.attention_sharing import (
@@ -298,7 +298,7 @@ def make(settings: InjectionSettings, accelerator: Accelerator) -> tuple[Injecti
         raise SystemExit(f"{method.key} has no weights of its own: it runs {steps}. Train these.")
     if method.makes_foreground and not settings.encoder:
         raise SystemExit(f"{method.key} makes a foreground: name the transparent encoder with --encoder.")
-    pipeline = DiffusersHost.load(settings.model, method.family).pipeline
+    pipeline = DiffusersBackend.load(settings.model, method.family).pipeline
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).to(accelerator.device)

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from lib_layerdiffuse.cli import files, latents
 from lib_layerdiffuse.cli.arguments import CONTROLS, parser
 from lib_layerdiffuse.cli.files import FOR_OPAQUE, LOSSLESS, check_folder, check_target
-from lib_layerdiffuse.cli.models import USUAL_CFG, WORLD_CFG, open_studio, quieten
+from lib_layerdiffuse.cli.models import USUAL_CFG, WORLD_CFG, open_runner, quieten
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.images.reading import read_file
 from lib_layerdiffuse.images.rgba import from_pil, over, to_pil
@@ -52,13 +52,14 @@ def say(stream: TextIO, line: str) -> None:
 
 
 def generate(arguments: argparse.Namespace) -> dict[str, Any]:
-    from lib_layerdiffuse.engine.studio import check
+    from lib_layerdiffuse.engine.diffusers import SAMPLERS
+    from lib_layerdiffuse.engine.runner import check
 
     request, job = request_of(arguments), job_of(arguments)
-    check(job, request)
+    check(job, request, SAMPLERS)
     check_folder(arguments.output)
-    studio = open_studio(arguments, request.method.family if request else Family(arguments.family))
-    made = studio.run(request, job)
+    runner = open_runner(arguments, request.method.family if request else Family(arguments.family))
+    made = runner.run(request, job)
     pictures = [
         row | {"picture": index}
         for index, together in enumerate(made)
@@ -79,7 +80,7 @@ def request_of(arguments: argparse.Namespace) -> Request | None:
 
 
 def job_of(arguments: argparse.Namespace) -> Any:
-    from lib_layerdiffuse.engine.studio import Job
+    from lib_layerdiffuse.engine.runner import Job
 
     usual_cfg = USUAL_CFG if arguments.model else WORLD_CFG
     return Job(
@@ -122,12 +123,12 @@ def notes_of(request: Request | None, made: Sequence[Sequence[Any]], sampler: st
 
 
 def encode(arguments: argparse.Namespace) -> dict[str, Any]:
-    from lib_layerdiffuse.engine.studio import check_picture
+    from lib_layerdiffuse.engine.runner import check_picture
 
     check_target(arguments.latent, [latents.ENDING], "a latent", arguments.overwrite)
     image = read_file(arguments.picture)
     check_picture(image)
-    latent = open_studio(arguments, Family(arguments.family)).encode(image)
+    latent = open_runner(arguments, Family(arguments.family)).encode(image)
     files.write({arguments.latent: latents.content_of(latent)}, arguments.overwrite)
     return {"files": [str(arguments.latent)], "shape": list(latent.shape)}
 
@@ -138,8 +139,8 @@ def decode(arguments: argparse.Namespace) -> dict[str, Any]:
     for target in targets:
         check_target(target, LOSSLESS, TRANSPARENT, arguments.overwrite)
     painted = painted_of(arguments.painted, latent) if arguments.painted else None
-    studio = open_studio(arguments, Family(arguments.family))
-    images = [to_pil(studio.decode(one, painted, arguments.passes)[0]) for one in latent.split(1)]
+    runner = open_runner(arguments, Family(arguments.family))
+    images = [to_pil(runner.decode(one, painted, arguments.passes)[0]) for one in latent.split(1)]
     contents = {target: files.content_of(image, target.suffix) for target, image in zip(targets, images)}
     files.write(contents, arguments.overwrite)
     return {"files": list(map(str, targets))}

@@ -24,35 +24,35 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def open_studio(arguments: argparse.Namespace, family: Family) -> Any:
+def open_runner(arguments: argparse.Namespace, family: Family) -> Any:
     """The model that was asked for, with what finds its weights. Raises LayerDiffuseError."""
     import torch
 
-    from lib_layerdiffuse.engine.diffusers import DiffusersHost
-    from lib_layerdiffuse.engine.studio import Studio
+    from lib_layerdiffuse.engine.diffusers import DiffusersBackend
+    from lib_layerdiffuse.engine.runner import Runner
 
     device = device_of(arguments.device)
     if arguments.json:
         hide_progress()
     if arguments.model is None:
-        studio = open_world(family)
+        runner = open_world(family)
     else:
         precision = torch.float16 if device.startswith("cuda") else torch.float32
         config = {"config": arguments.config} if arguments.config else {}
-        host = DiffusersHost.load(arguments.model, family, torch_dtype=precision, **config)
-        studio = Studio(host, obtainer([arguments.weights], hidden=arguments.json))
-    studio.host.pipeline.to(device)
-    studio.host.pipeline.set_progress_bar_config(disable=arguments.json)
-    return studio
+        backend = DiffusersBackend.load(arguments.model, family, torch_dtype=precision, **config)
+        runner = Runner(backend, obtainer([arguments.weights], hidden=arguments.json))
+    runner.backend.pipeline.to(device)
+    runner.backend.pipeline.set_progress_bar_config(disable=arguments.json)
+    return runner
 
 
 def open_world(family: Family) -> Any:
     """The tiny world, whose families have one VAE, and so one transparent pair."""
-    from lib_layerdiffuse.engine.diffusers import DiffusersHost
-    from lib_layerdiffuse.engine.studio import Studio
+    from lib_layerdiffuse.engine.diffusers import DiffusersBackend
+    from lib_layerdiffuse.engine.runner import Runner
 
     of_all = {names[each]: names[Family.SDXL] for names in (ENCODERS, DECODERS) for each in Family}
-    return Studio(DiffusersHost.load_world(WORLD, family), lambda file: WORLD / "weights" / of_all.get(file, file))
+    return Runner(DiffusersBackend.load_world(WORLD, family), lambda file: WORLD / "weights" / of_all.get(file, file))
 
 
 def device_of(name: str | None) -> str:

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from itertools import zip_longest
 from math import inf
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -30,9 +30,11 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UniPCMultistepScheduler,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
+from lib_layerdiffuse.engine.backend import BaseModel
 from lib_layerdiffuse.engine.prompts import in_chunks
+from lib_layerdiffuse.engine.runner import Sampling
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.injection.content import Injection, WeightPatch, misfit
 from lib_layerdiffuse.injection.patches import FIRST_BLOCK, Controls, Key, Layers, Switch, add_to_rows, condition_patch
@@ -86,21 +88,6 @@ MODEL_ENDINGS = (".safetensors", ".ckpt", ".gguf", ".pt", ".pth", ".bin")  # of 
 EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """What is sampled: a picture for each prompt, with its seed."""
-
-    prompts: Sequence[str]
-    seeds: Sequence[int]
-    negative: str
-    width: int  # in pixels
-    height: int
-    steps: int
-    cfg: float
-    sampler: str
-    strength: float = 1.0  # of img2img: the part of the steps that is sampled
-
-
 def parts_of(unet: Any) -> dict[str, str]:
     """The UNet's resnets, transformers and outer layers -> what checkpoints call them."""
     parts = dict(OUTER)
@@ -126,8 +113,10 @@ def checkpoint_keys(unet: Any) -> dict[str, str]:
     parts = parts_of(unet)
     keys = {}
     for name, _ in unet.named_parameters():
+        if ".lora_" in name:  # of peft, beside the weight that it wraps as `base_layer`
+            continue
         part = next(part for part in parts if name.startswith(f"{part}."))
-        rest = name[len(part) + 1 :]
+        rest = name[len(part) + 1 :].replace("base_layer.", "")
         if ".resnets." in part:
             layer, _, kind = rest.partition(".")
             rest = f"{OF_RESNET[layer]}.{kind}"
@@ -145,16 +134,19 @@ def attentions_of(unet: Any) -> dict[Key, Any]:
     return {(name, block): getattr(transformers[block], name) for block in BLOCKS for name in ATTENTIONS}
 
 
-class DiffusersHost:
-    """A pipeline, and what the weights do in it."""
+class DiffusersBackend:
+    """See `runner.SamplingBackend`."""
 
-    def __init__(self, pipeline: Any) -> None:
+    samplers: Collection[str] = tuple(SAMPLERS)
+
+    def __init__(self, pipeline: Any, name: str = "the model") -> None:
         self.pipeline = pipeline
+        self.name = name
         pipeline.vae.to(torch.float32)  # SDXL's overflows in half precision
         self.family = Family.SDXL if isinstance(pipeline, StableDiffusionXLPipeline) else Family.SD15
 
     @classmethod
-    def load(cls, model: str | Path, family: Family, **more: Any) -> DiffusersHost:
+    def load(cls, model: str | Path, family: Family, **more: Any) -> DiffusersBackend:
         """A model of that family; more: what diffusers' own loader takes too.
 
         Raises LayerDiffuseError where it is of another, or cannot be loaded.
@@ -166,16 +158,16 @@ class DiffusersHost:
         with loading(model if path.exists() else f"{model} (from Hugging Face, as it is not here)"):
             if path.is_file():
                 check_file(path, family)
-                return cls(PIPELINES[family].from_single_file(str(model), **more))
+                return cls(PIPELINES[family].from_single_file(str(model), **more), str(model))
             pipeline = DiffusionPipeline.from_pretrained(str(model), **more)
         if not isinstance(pipeline, PIPELINES[family]):
             raise LayerDiffuseError(
                 f"{model} is a {type(pipeline).__name__}, but this needs {family.word}. Choose another model or method."
             )
-        return cls(pipeline)
+        return cls(pipeline, str(model))
 
     @classmethod
-    def load_world(cls, folder: Path, family: Family) -> DiffusersHost:
+    def load_world(cls, folder: Path, family: Family) -> DiffusersBackend:
         """A model of the tiny world, both of which have one VAE. Raises LayerDiffuseError where it is not there."""
         if not (folder / family.value).is_dir():
             raise LayerDiffuseError(f"There is no model of {family.word} in {folder}. Name one with --model.")
@@ -183,9 +175,11 @@ class DiffusersHost:
             vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
             return cls(PIPELINES[family].from_pretrained(folder / family.value, vae=vae, torch_dtype=torch.float32))
 
+    def base_model(self) -> BaseModel:
+        return BaseModel(self.name, f"an {self.family.word} checkpoint", self.family)
+
     @property
     def usual_size(self) -> int:
-        """The side of the pictures that the model was trained on, in pixels."""
         return self.unet.config.sample_size * LATENT_STRIDE
 
     @property
@@ -194,14 +188,12 @@ class DiffusersHost:
 
     @torch.no_grad()
     def posterior(self, rgb: Rgb) -> tuple[Latent, Latent]:
-        """Mean and deviation of the VAE's posterior for the pictures, in VAE space."""
         vae = self.pipeline.vae
         found = vae.encode((2 * rgb - 1).to(vae.device, vae.dtype)).latent_dist
         return found.mean.float(), found.std.float()
 
     @torch.no_grad()
     def pixels(self, vae_latent: Latent) -> Rgb:
-        """What the VAE shows of a latent."""
         vae = self.pipeline.vae
         return (vae.decode(vae_latent.to(vae.device, vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
 
@@ -212,7 +204,6 @@ class DiffusersHost:
         return sampler_latent / self.pipeline.vae.config.scaling_factor
 
     def sample(self, sampling: Sampling, start: Latent | None = None) -> Latent:
-        """In sampler space, as `start` is: what img2img begins with, one for each prompt."""
         pipeline = self.pipeline
         options: dict[str, Any] = {"width": sampling.width, "height": sampling.height}
         if start is not None:
@@ -260,7 +251,6 @@ class DiffusersHost:
     def inject(
         self, injection: Injection, weight: float, start: float, stop: float, condition: Tensor | None
     ) -> Iterator[None]:
-        """While open, the UNet has the injection; see `base.Host.inject`."""
         steps = self.pipeline.scheduler.config.num_train_timesteps
         content = injection.content
         with ExitStack() as afterwards:
@@ -278,6 +268,47 @@ class DiffusersHost:
             for hook in hooks:
                 afterwards.callback(hook.remove)
             yield
+
+    @contextmanager
+    def hold(self, original: Latent, noise: Latent, released: Callable[[float], Tensor]) -> Iterator[None]:
+        # Whatever the scheduler, the UNet reads x = √ᾱ·x0 + √(1-ᾱ)·ε and answers ε or v = √ᾱ·ε - √(1-ᾱ)·x0.
+        scheduler = self.pipeline.scheduler
+        sigmas = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt().tolist()
+        velocity = scheduler.config.prediction_type == "v_prediction"
+        held: list[Tensor] = []  # of the call under way: what is free, and the answer that leads to the original
+
+        def before(unet: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            x, timestep, *rest = inputs
+            sigma = float(np.interp(timestep_of(timestep), range(len(sigmas)), sigmas))
+            signal, spread = (1 + sigma**2) ** -0.5, sigma * (1 + sigma**2) ** -0.5
+            free = released(sigma).to(x.device).repeat(len(x) // len(original), 1, 1, 1)
+            start, added = (each.to(x).repeat(len(x) // len(each), 1, 1, 1) for each in (original, noise))
+            epsilon = (x - signal * start) / spread
+            held[:] = free, signal * epsilon - spread * start if velocity else epsilon
+            return torch.where(free, x, signal * start + spread * added), timestep, *rest
+
+        def after(unet: Any, inputs: Any, answer: Any) -> Any:
+            free, towards = held
+            answer[0].copy_(torch.where(free, answer[0], towards))
+
+        hooks = self.unet.register_forward_pre_hook(before), self.unet.register_forward_hook(after)
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def places(self, module: nn.Module, memory: int) -> Iterator[torch.device]:
+        device = self.unet.device
+        module.to(self.unet.dtype)
+        yield device
+        if device.type != "cpu":
+            LOG.info("out of memory: once more on the CPU")
+            module.float()
+            yield torch.device("cpu")
+
+    def forget(self, injection: Injection) -> None:
+        """Nothing of it is loaded but itself."""
 
 
 def check_there(model: str | Path) -> None:
@@ -315,9 +346,14 @@ def each_step(switch: Switch) -> Callable[..., None]:
     """A hook of the UNet that tells the switch where sampling is."""
 
     def hook(unet: Any, inputs: tuple[Any, ...]) -> None:
-        switch.at(float(torch.as_tensor(inputs[1]).flatten()[0]))
+        switch.at(timestep_of(inputs[1]))
 
     return hook
+
+
+def timestep_of(given: Any) -> float:
+    """One for all rows, as a number or in a tensor; between two of those in training, where the scheduler says so."""
+    return float(torch.as_tensor(given).flatten()[0])
 
 
 def patch_weights(unet: Any, injection: Injection, patch: WeightPatch, weight: float) -> Callable[[bool], None]:

@@ -9,10 +9,10 @@ from lib_layerdiffuse.webui.host import Host
 def web_ui() -> Host:
     """The host that this process is. Raises LayerDiffuseError, saying why, where it is none that we know."""
     try:
-        from lib_layerdiffuse.webui.forge import BackendHost
+        from lib_layerdiffuse.webui.forge import Forge
     except ImportError as error:
         raise LayerDiffuseError(
             f"LayerDiffuse does not know this web UI ({error}). It runs in Stable Diffusion WebUI Forge 2.x; "
             "please update Forge, or switch this extension off."
         ) from error
-    return BackendHost()
+    return Forge()

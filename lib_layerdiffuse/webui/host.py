@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
+from lib_layerdiffuse.engine.backend import Backend
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.images.reading import REFUSALS, read_image
 from lib_layerdiffuse.images.rgba import Box, ResizeMode, fit
-from lib_layerdiffuse.injection.content import Injection
-from lib_layerdiffuse.methods import Family
 from lib_layerdiffuse.request.form import IMAGE_NEEDS
 from lib_layerdiffuse.request.layers import Request
-from lib_layerdiffuse.tensors import Latent, Rgb
+from lib_layerdiffuse.tensors import Latent
 from lib_layerdiffuse.vae import LATENT_STRIDE
 from lib_layerdiffuse.webui.script_runs import ScriptRun
 
 Around: TypeAlias = Callable[[Latent, Latent], AbstractContextManager[None]]
 
 
-@dataclass(frozen=True)
-class BaseModel:
-    """The loaded checkpoint. `family` is None where LayerDiffuse has no weights for it; `kind` says what it is."""
-
-    checkpoint: str
-    kind: str
-    family: Family | None
-
-
 class Host(Protocol):
     """One web UI. Every host imports its web UI in its own file only."""
+
+    @property
+    def backend(self) -> Backend:
+        """The checkpoint that is loaded in it."""
 
     def name(self) -> str:
         """What the web UI is called, and its version."""
@@ -101,12 +93,6 @@ class Host(Protocol):
     def restore_prompts(self, p: Any) -> None:
         """After the host has read the prompts of this batch."""
 
-    def posterior(self, p: Any, rgb: Rgb) -> tuple[Latent, Latent]:
-        """Mean and deviation of the VAE's posterior for the pictures, in VAE space: the same each time."""
-
-    def sampler_latent(self, p: Any, vae_latent: Latent) -> Latent:
-        """From VAE space (unscaled) to sampler space."""
-
     def run_again(self, p: Any, request: Request, sampler: str) -> Any:
         """Run a copy of the job, with the same prompts and seeds, for another request; what it made (`processed`)."""
 
@@ -115,9 +101,6 @@ class Host(Protocol):
 
     def add_runs(self, p: Any, processed: Any, runs: Sequence[Any]) -> None:
         """Put the pictures of later runs behind those of the first that they belong to."""
-
-    def base_model(self, p: Any) -> BaseModel:
-        """The checkpoint that this job samples with."""
 
     def checkpoint_file(self, title: str | None) -> Path | None:
         """The file of the checkpoint with that title in the page's list; of the chosen one for None."""
@@ -185,12 +168,6 @@ class Host(Protocol):
     def upscales(self, p: Any) -> bool:
         """Whether this is the upscale button: a hires pass that starts from one finished picture."""
 
-    def forget(self, injection: Injection) -> None:
-        """Let go of what was loaded of it: it is not used any more."""
-
-    def return_memory(self) -> None:
-        """Give back to the system what was freed."""
-
     def around_sampling(self, p: Any, owner: str, around: Around, finished: Callable[[Latent], None]) -> None:
         """Run the next samplings inside `around(x, noise)`, and hand their final latents to `finished`.
 
@@ -201,26 +178,7 @@ class Host(Protocol):
     def hold(
         self, p: Any, original: Latent, noise: Latent, released: Callable[[Sequence[float], float], Tensor]
     ) -> AbstractContextManager[None]:
-        """While open, what is not released at a noise level is kept at the original, with this noise.
-
-        released(sigmas, sigma): of the sampler's schedule, and where in it the UNet is called; [B, 1, H/8, W/8].
-        """
-
-    def inject(
-        self, p: Any, injection: Injection, request: Request, condition: Tensor | None
-    ) -> AbstractContextManager[None]:
-        """While open, sampling runs with `injection`, at the request's weight and between its start and stop.
-
-        condition: of one picture for all or of each, at the size of the sampling: latents in sampler space, one after
-        the other in channels, for weight patches; the picture itself (Rgb) for attention sharing.
-        Raises LayerDiffuseError where the weights do not fit the UNet.
-        """
-
-    def vae_latent(self, p: Any, sampler_latent: Latent) -> Latent:
-        """From sampler space to VAE space (unscaled)."""
-
-    def places(self, module: nn.Module, memory: int) -> Iterator[torch.device]:
-        """Devices to run `module` on, each roomier and slower than the last; makes room for `memory` bytes there."""
+        """`Backend.hold`, instead of the web UI's own inpainting. released: of the sampler's sigmas, and of one."""
 
     def infotexts(self, processed: Any) -> list[str]:
         """Of each of `pictures`."""

@@ -29,9 +29,9 @@ from lib_layerdiffuse.request import differential
 from lib_layerdiffuse.request.form import Form
 from lib_layerdiffuse.request.layers import AS_IN_SETTINGS, FORM
 from lib_layerdiffuse.vae import PASSES
+from lib_layerdiffuse.webui.extension import Extension
 from lib_layerdiffuse.webui.outputs import EXTRAS
 from lib_layerdiffuse.webui.status_line import Sentence, forecast
-from lib_layerdiffuse.webui.workshop import Workshop
 from lib_layerdiffuse.weights.downloads import State, Status
 
 TITLE = "LayerDiffuse"
@@ -99,9 +99,9 @@ SEND = {
 class Panel:
     """The panel of one tab."""
 
-    def __init__(self, tab: str, workshop: Workshop) -> None:
+    def __init__(self, tab: str, extension: Extension) -> None:
         self.tab = tab
-        self.workshop = workshop
+        self.extension = extension
         panel = f"layerdiffuse-{tab}"
         with InputAccordion(FORM.default("enabled"), label=TITLE, elem_id=panel) as enabled:
             self.parts = {"enabled": enabled}
@@ -173,12 +173,12 @@ class Panel:
 
     def _refit(self, all_methods: bool, label: str, checkpoint: str | None = None) -> Any:
         """The list of methods for the checkpoint, and one of them that does what the chosen one does."""
-        return fitting(find_method(label), None if all_methods else self.workshop.chosen_family(checkpoint))
+        return fitting(find_method(label), None if all_methods else self.extension.chosen_family(checkpoint))
 
     def _show(self, label: str, batch_size: float, checkpoint: str | None = None) -> list[Any]:
         method = find_method(label)
         weights = self._weights(method)
-        family = self.workshop.chosen_family(checkpoint)
+        family = self.extension.chosen_family(checkpoint)
         downloading = any(status.state is State.DOWNLOADING for status in weights)
         absent = any(status.state is not State.PRESENT for status in weights)
         return [
@@ -189,12 +189,12 @@ class Panel:
 
     def _weights(self, method: Method) -> list[Status]:
         files = needed_files(method, encodes=self.tab == "img2img")
-        return [self.workshop.downloads.status(file) for file in files]
+        return [self.extension.downloads.status(file) for file in files]
 
     def _download(self, label: str, batch_size: float) -> Iterator[list[Any]]:
         """Start what is missing, and show it until it ended, one way or the other."""
         for status in self._weights(find_method(label)):
-            self.workshop.downloads.start(status.asset.file)
+            self.extension.downloads.start(status.asset.file)
         while any(status.state is State.DOWNLOADING for status in self._weights(find_method(label))):
             yield self._show(label, batch_size)
             time.sleep(LOOK_S)
@@ -202,7 +202,7 @@ class Panel:
 
     def _cancel(self, label: str, batch_size: float) -> list[Any]:
         for status in self._weights(find_method(label)):
-            self.workshop.downloads.cancel(status.asset.file)
+            self.extension.downloads.cancel(status.asset.file)
         return self._show(label, batch_size)
 
     def _send_button(self, layer: Layer, gallery: Any) -> None:
@@ -230,14 +230,14 @@ class Panel:
 class Page:
     """Connects the panels with what the web UI puts around them, as it builds its page."""
 
-    def __init__(self, workshop: Workshop) -> None:
-        self.workshop = workshop
+    def __init__(self, extension: Extension) -> None:
+        self.extension = extension
         self.panels: dict[str, Panel] = {}
         self.found: dict[str, Any] = {}
 
     def panel(self, tab: str) -> list[Any]:
         """tab: txt2img or img2img. The API builds panels of its own, to read their defaults."""
-        self.panels[tab] = Panel(tab, self.workshop)
+        self.panels[tab] = Panel(tab, self.extension)
         return self.panels[tab].components
 
     def after_component(self, component: Any) -> None:
@@ -245,7 +245,7 @@ class Page:
         if Context.root_block is None:  # Gradio makes another one for each update, when the page has long been built
             return
         elem_id = component.elem_id
-        if self.workshop.host.is_checkpoint_box(component):
+        if self.extension.host.is_checkpoint_box(component):
             for tab, panel in self.panels.items():
                 panel.follow(component, self.found[f"{tab}_batch_size"])
         for tab in TABS:

@@ -5,20 +5,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from itertools import pairwise
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor, nn
+from torch import Tensor
 
-from lib_layerdiffuse.errors import LayerDiffuseError
+from lib_layerdiffuse.engine.engine import Engine, run_chain, words_before
+from lib_layerdiffuse.engine.memory import return_freed_memory
 from lib_layerdiffuse.images.rgba import (
-    GREY,
     ResizeMode,
     blended,
-    compose,
     content_hash,
     fill_masked,
     fit,
@@ -26,14 +24,14 @@ from lib_layerdiffuse.images.rgba import (
     over_grey,
     to_pil,
 )
-from lib_layerdiffuse.injection.content import Injection, WeightPatch
-from lib_layerdiffuse.methods import Layer, Method, find_method
+from lib_layerdiffuse.injection.content import Injection
+from lib_layerdiffuse.methods import Layer, Step
 from lib_layerdiffuse.request.advice import alpha_note, sampler_for
 from lib_layerdiffuse.request.layers import FORM, Request
 from lib_layerdiffuse.tensors import Latent, Rgb, Rgba
-from lib_layerdiffuse.vae import DECODE_CHANNELS, LATENT_STRIDE, TransparentVAE, check_encoded, is_out_of_memory
+from lib_layerdiffuse.vae import LATENT_STRIDE, TransparentVAE
 from lib_layerdiffuse.webui import outputs
-from lib_layerdiffuse.webui.host import BaseModel, Host, seen, whole_cells
+from lib_layerdiffuse.webui.host import Host, seen, whole_cells
 from lib_layerdiffuse.webui.outputs import (
     EXTRAS,
     LAYER_KEY,
@@ -46,10 +44,6 @@ from lib_layerdiffuse.webui.outputs import (
 
 log = logging.getLogger("layerdiffuse")
 
-# What the encoder keeps alive at its peak: about this many channels of the picture's size (a generous estimate, by
-# which the host makes room beforehand).
-ENCODE_CHANNELS = 100
-
 
 class Session:
     """One run of the host's processing: what was asked, what goes into the UNet, and the pictures that came out."""
@@ -57,12 +51,14 @@ class Session:
     def __init__(
         self,
         host: Host,
+        engine: Engine,
         request: Request,
         injection: Injection | None,
         vae: TransparentVAE | None,
         inits: Sequence[Image.Image] = (),
     ) -> None:
         self.host = host
+        self.engine = engine
         self.request = request
         self.method = request.method
         self.injection = injection
@@ -132,7 +128,7 @@ class Session:
 
     def before_prompts(self, p: Any) -> None:
         """For each batch, before the host reads its prompts."""
-        texts = [self.request.words_before(layer) for layer in self.method.outputs]
+        texts = words_before(self.request)
         if any(texts):
             self.host.put_before_prompts(p, texts)
 
@@ -146,11 +142,8 @@ class Session:
             self.host.start_from(p, self._start_latents(p))
 
         def injected(x: Latent, noise: Latent) -> AbstractContextManager[None]:
-            check_family(self.method, self.host.base_model(p))  # the hires pass may have its own checkpoint
-            if self.injection is None:
-                return nullcontext()
             height, width = (LATENT_STRIDE * side for side in x.shape[2:])
-            return self.host.inject(p, self.injection, self.request, self._condition(p, width, height))
+            return self.engine.inject(self.request, self.injection, lambda: self._condition(p, width, height))
 
         self.host.around_sampling(p, "layerdiffuse", injected, self.sampled)
 
@@ -159,44 +152,29 @@ class Session:
         self._latent = latent
 
     def _start_latents(self, p: Any) -> Latent:
-        """What a batch of img2img starts from: transparency goes into the latents of the foregrounds only."""
+        """What a batch of img2img starts from."""
         if not self._encoded:
             self._encoded = [self._encode(p, init) for init in self.inits]
-        rows = range(len(self.host.rows(p)))
-        latents = [self._encoded[row % len(self.inits)][self._layer(row) is Layer.FG] for row in rows]
-        return self.host.sampler_latent(p, torch.cat(latents))
+        layers = [self._layer(row) for row in range(len(self.host.rows(p)))]
+        return self.engine.start(self._encoded, layers, self.method.frames)
 
     def _encode(self, p: Any, init: Image.Image) -> tuple[Latent, Latent]:
         """The latents of the picture over grey, and of the picture with its transparency, in VAE space."""
-        vae = self.vae
-        assert vae is not None and vae.encoder is not None, "a start without an encoder"
+        assert self.vae is not None, "a start without an encoder"
         rgba = from_pil(seen(self.host, p, init))[None]
         if self._mask and self.host.fills_mask(p):
             rgba = fill_masked(rgba, from_pil(whole_cells(self._mask))[None, :1])
-        mean, deviation = self._posterior(p, compose(rgba, GREY))
-        offset = with_room(self.host, vae.encoder, ENCODE_CHANNELS, rgba, lambda: vae.encode(rgba))
-        return mean, mean + deviation * offset.to(mean)
-
-    def _posterior(self, p: Any, rgb: Rgb) -> tuple[Latent, Latent]:
-        mean, deviation = self.host.posterior(p, rgb)
-        check_encoded(mean)
-        return mean, deviation
+        return self.engine.encode(self.vae, rgba)
 
     def _condition(self, p: Any, width: int, height: int) -> Tensor | None:
         """What the injection reads of the images given, for this batch; None where it reads none."""
         given = [self.request.images[layer] for layer in self.method.inputs]
         if not given or self.injection is None:
             return None
-        count = max(map(len, given))
-        rows = self.host.rows(p) if count > 1 else range(1)
+        rows = self.host.rows(p) if max(map(len, given)) > 1 else range(1)
         if (width, height, rows) not in self._conditions:
             rgb = [torch.cat([self._pixels(images, row, width, height) for row in rows]) for images in given]
-            if isinstance(self.injection.content, WeightPatch):
-                means = torch.cat([self._posterior(p, picture)[0] for picture in rgb], dim=1)
-                condition = self.host.sampler_latent(p, means)
-            else:
-                [condition] = rgb
-            self._conditions[width, height, rows] = condition
+            self._conditions[width, height, rows] = self.engine.condition(self.injection, rgb)
         return self._conditions[width, height, rows]
 
     def _pixels(self, images: Sequence[Image.Image], row: int, width: int, height: int) -> Rgb:
@@ -210,7 +188,7 @@ class Session:
         """Decode the foregrounds of the batch just sampled. pixels: what the host made of each picture, [3, H, W]."""
         assert self._latent is not None, "the host decoded a batch without sampling it"
         start = time.perf_counter()
-        latents = self.host.vae_latent(p, self._latent)
+        latents = self.engine.backend.vae_latent(self._latent)
         self._decoded = [
             (self._decode(painted[None], latent[None])[0], painted) if self._is_decoded(row) else None
             for row, (painted, latent) in enumerate(zip(pixels, latents, strict=True))
@@ -227,9 +205,7 @@ class Session:
                 report(f"LayerDiffuse: decoding, pass {done} of {total}", done / total)
                 return not self.host.interrupted()
 
-            return with_room(
-                self.host, vae.decoder, DECODE_CHANNELS, rgb, lambda: vae.decode(rgb, latent, self.passes, on_pass)
-            )
+            return self.engine.decode(vae, rgb, latent, self.passes, on_pass)
 
     def before_overlay(self, index: int, overlay: Image.Image | None) -> None:
         """What the host is about to put over the picture at `index` of the batch: the original that is not masked."""
@@ -293,7 +269,7 @@ class Session:
         chain = self.request.chain
         if chain and self.method.key == chain.method.chain[0].key:
             self._go_on(p, processed, chain)
-        self.host.return_memory()
+        return_freed_memory()
 
     def _extra(self, name: str, image: Image.Image, infotext: str) -> Image.Image:
         """Ready to be shown. infotext: of the picture that it belongs to."""
@@ -303,37 +279,16 @@ class Session:
         return outputs.mark(image, caption=EXTRAS[name].caption, infotext=text)
 
     def _go_on(self, p: Any, processed: Any, asked: Request) -> None:
-        """Run the further steps of a chain, each with the images of those before it."""
-        images = dict(asked.images)
-        made, runs = self.images, []
-        for before, step in pairwise(asked.method.chain):
-            [layer] = find_method(before.key).outputs
-            images[layer] = made
+        """Run the further steps of a chain: this job was the first."""
+        runs: list[Any] = []
+
+        def run(request: Request, step: Step) -> Sequence[Image.Image] | None:
+            if step is asked.method.chain[0]:
+                return self.images
             if self.host.stopping():
-                break
-            sampler = sampler_for(step.avoids, self.host.sampler(p))
-            runs.append(self.host.run_again(p, asked.for_step(step, images), sampler))
-            made = runs[-1].images
+                return None
+            runs.append(self.host.run_again(p, request, sampler_for(step.avoids, self.host.sampler(p))))
+            return runs[-1].images
+
+        run_chain(asked, run)
         self.host.add_runs(p, processed, runs)
-
-
-def check_family(method: Method, model: BaseModel) -> None:
-    if model.family is not method.family:
-        raise LayerDiffuseError(
-            f"{method.label} needs a plain {method.family.word} checkpoint, but {model.checkpoint} is {model.kind}. "
-            "Choose another checkpoint, or a method for this one."
-        )
-
-
-def with_room(host: Host, net: nn.Module, channels: int, picture: Tensor, work: Callable[[], Tensor]) -> Tensor:
-    """Work that needs `net` and, for a picture, the memory of so many channels, on whatever device has room."""
-    height, width = picture.shape[-2:]
-    memory = channels * height * width * next(net.parameters()).element_size()
-    for device in host.places(net, memory):
-        try:
-            net.to(device)  # all of it: short of memory, hosts leave layers behind
-            return work()
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-    raise LayerDiffuseError(f"Not enough memory for a picture of {width}x{height}. Choose a smaller size.")

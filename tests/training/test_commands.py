@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lib_layerdiffuse.cli import commands, models
 from lib_layerdiffuse.cli.models import open_world
-from lib_layerdiffuse.engine.diffusers import DiffusersHost
+from lib_layerdiffuse.engine.diffusers import DiffusersBackend
 from lib_layerdiffuse.images.reading import MAX_PIXELS
 from lib_layerdiffuse.images.rgba import from_pil
 from tests.odd_files import bomb
@@ -149,7 +149,7 @@ def test_the_end_of_a_long_prompt_is_read(run, method):
     ],
 )  # fmt: skip
 def test_what_cannot_be_generated_is_said_before_a_model_is_read(run, files, monkeypatch, words, sentence):
-    monkeypatch.setattr(commands, "open_studio", lambda *_: pytest.fail("a model was read"))
+    monkeypatch.setattr(commands, "open_runner", lambda *_: pytest.fail("a model was read"))
     before = names_in(files)
     assert sentence in refused(run, "generate", "--prompt", "x", *SMALL, *words)
     assert names_in(files) == before
@@ -200,8 +200,8 @@ def test_a_name_on_hugging_face_is_asked_for_there(run, monkeypatch):
 
 @pytest.mark.parametrize("more", [(), ("--plain",)])
 def test_an_answer_of_no_numbers_is_said(run, files, monkeypatch, more):
-    sample = DiffusersHost.sample
-    monkeypatch.setattr(DiffusersHost, "sample", lambda *words: sample(*words) * float("nan"))
+    sample = DiffusersBackend.sample
+    monkeypatch.setattr(DiffusersBackend, "sample", lambda *words: sample(*words) * float("nan"))
     before = names_in(files)
     assert "values that are no numbers" in refused(run, "generate", "--prompt", "x", *SMALL, *more)
     assert names_in(files) == before
@@ -249,7 +249,7 @@ def test_a_full_disk_leaves_no_part_of_a_set(run, tmp_path, monkeypatch):
     ],
 )
 def test_files_that_do_not_do_are_said_before_a_model_is_read(run, files, monkeypatch, words, sentence):
-    monkeypatch.setattr(commands, "open_studio", lambda *_: pytest.fail("a model was read"))
+    monkeypatch.setattr(commands, "open_runner", lambda *_: pytest.fail("a model was read"))
     before = names_in(files)
     assert sentence in refused(run, *words)
     assert names_in(files) == before
@@ -272,7 +272,7 @@ ODD_LATENTS = {
 
 @pytest.mark.parametrize(("tensors", "sentence"), ODD_LATENTS.values(), ids=ODD_LATENTS)
 def test_files_without_a_latent_are_said(run, files, monkeypatch, tensors, sentence):
-    monkeypatch.setattr(commands, "open_studio", lambda *_: pytest.fail("a model was read"))
+    monkeypatch.setattr(commands, "open_runner", lambda *_: pytest.fail("a model was read"))
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, "odd.safetensors")
     assert sentence in refused(run, "decode", "odd.safetensors", "new.png")
 

@@ -12,7 +12,7 @@ import pytest
 from lib_layerdiffuse.cli.metrics import over_backgrounds, psnr
 from lib_layerdiffuse.images.rgba import GREY, compose
 from lib_layerdiffuse.methods import Family
-from tests.training.world import HELD_OUT, rgba_of, studio_of
+from tests.training.world import HELD_OUT, rgba_of, runner_of
 from training.scenes import to_image
 
 FEW, MANY, ALL = range(6), range(16), range(64)  # each six of them have all materials
@@ -21,16 +21,16 @@ FULL = pytest.mark.full
 
 @cache
 def there_and_back(index, passes, offset):
-    studio = studio_of(Family.SDXL)  # of both: they have one VAE and one pair
+    runner = runner_of(Family.SDXL)  # of both: they have one VAE and one pair
     made = HELD_OUT[index]
     truth, grey = rgba_of(made), compose(rgba_of(made), GREY)
-    plain = studio.host.posterior(grey)[0]
-    latent = studio.encode(to_image(made.rgba)) if offset else plain
-    answer = studio.decode(latent, passes=passes)
+    plain = runner.backend.posterior(grey)[0]
+    latent = runner.encode(to_image(made.rgba)) if offset else plain
+    answer = runner.decode(latent, passes=passes)
     return {
         "psnr": fmean(psnr(*pair) for pair in zip(over_backgrounds(truth), over_backgrounds(answer))),
         "alpha": (truth - answer)[:, 3].abs().mean().item(),
-        "harm": psnr(grey, studio.host.pixels(plain)) - psnr(grey, studio.host.pixels(latent)),
+        "harm": psnr(grey, runner.backend.pixels(plain)) - psnr(grey, runner.backend.pixels(latent)),
     }
 
 

@@ -14,11 +14,11 @@ from PIL import Image
 from lib_layerdiffuse.__main__ import main
 from lib_layerdiffuse.cli.metrics import psnr
 from lib_layerdiffuse.cli.models import WORLD_CFG
-from lib_layerdiffuse.engine.studio import Job
+from lib_layerdiffuse.engine.runner import Job
 from lib_layerdiffuse.images.rgba import from_pil, over
 from lib_layerdiffuse.methods import Layer, find_method
 from lib_layerdiffuse.request.layers import Request
-from tests.training.world import HELD_OUT, SEED, SIZE, rgba_of, studio_of
+from tests.training.world import HELD_OUT, SEED, SIZE, rgba_of, runner_of
 from training.scenes import COLOURS, layers, to_image
 
 STEPS = 15  # with a single pass of the decoder: little is lost, and much time saved
@@ -32,7 +32,7 @@ def generated(key, prompt, seed, **more):
     """What belongs together of one picture. more: of the request, where it can be compared."""
     request = Request.parse([{"method": key, "passes": 1, **more}])
     job = Job(prompt, seed=seed, width=SIZE, height=SIZE, steps=STEPS, cfg=WORLD_CFG)
-    [together] = studio_of(find_method(key).family).run(request, job)
+    [together] = runner_of(find_method(key).family).run(request, job)
     return together
 
 
@@ -144,7 +144,7 @@ def layered(key, index):
     asked |= {f"{layer.value}_image": image for layer, image in given.items()}
     request = Request.parse([{"method": key, "passes": 1, **asked}])
     job = Job("", seed=100 + index, width=SIZE, height=SIZE, steps=STEPS, cfg=WORLD_CFG)
-    [together] = studio_of(method.family).run(request, job)
+    [together] = runner_of(method.family).run(request, job)
     return {each.layer: each.image for each in together} | given
 
 

@@ -13,10 +13,10 @@ HELD_OUT = [scene(index, SEED, SIZE, held_out=True) for index in range(64)]
 
 
 @cache
-def studio_of(family):
-    studio = open_world(family)
-    studio.host.pipeline.set_progress_bar_config(disable=True)
-    return studio
+def runner_of(family):
+    runner = open_world(family)
+    runner.backend.pipeline.set_progress_bar_config(disable=True)
+    return runner
 
 
 def rgba_of(made):

@@ -39,7 +39,8 @@ from lib_layerdiffuse.webui.api.messages import (
     Sheet,
     WeightAnswer,
 )
-from lib_layerdiffuse.webui.workshop import Workshop
+from lib_layerdiffuse.webui.api.networks import Networks
+from lib_layerdiffuse.webui.extension import Extension
 from lib_layerdiffuse.weights.downloads import Status, find_asset
 from lib_layerdiffuse.weights.released import ASSETS, address_of
 
@@ -56,33 +57,34 @@ LATENT_NEEDS = "a safetensors file with one tensor, in base64"
 class Routes:
     """What is done for each route. Those that need no GPU and no time also answer while many jobs wait."""
 
-    def __init__(self, workshop: Workshop) -> None:
-        self.workshop = workshop
+    def __init__(self, extension: Extension) -> None:
+        self.extension = extension
+        self.networks = Networks(extension)
         self.version = version()
 
     async def health(self) -> HealthAnswer:
         """What is installed, and whether it is at work. Answers at once, also while jobs wait."""
-        host = self.workshop.host
+        host = self.extension.host
         return HealthAnswer(
             status="ok",
             version=self.version,
             host=host.name(),
             checkpoint=self._checkpoint(),
             busy=host.busy(),
-            weights=Counter(self.workshop.downloads.status(file).state.value for file in ASSETS),
+            weights=Counter(self.extension.downloads.status(file).state.value for file in ASSETS),
         )
 
     def _checkpoint(self) -> CheckpointAnswer | None:
-        file = self.workshop.host.checkpoint_file(None)
-        return CheckpointAnswer(name=file.stem, family=self.workshop.chosen_family()) if file else None
+        file = self.extension.host.checkpoint_file(None)
+        return CheckpointAnswer(name=file.stem, family=self.extension.chosen_family()) if file else None
 
     async def list_methods(self) -> list[MethodAnswer]:
         """The methods, in the order of the panel; how to use one in a job, the README says under *API*."""
-        family = self.workshop.chosen_family()
+        family = self.extension.chosen_family()
         return [self._method(number, method, family) for number, method in enumerate(METHODS)]
 
     def _method(self, number: int, method: Method, family: Family | None) -> MethodAnswer:
-        status = self.workshop.downloads.status
+        status = self.extension.downloads.status
         return MethodAnswer(
             label=method.label,
             key=method.key,
@@ -96,19 +98,19 @@ class Routes:
 
     async def list_weights(self) -> list[WeightAnswer]:
         """All weight files, and which of them are here."""
-        return [weight_answer(self.workshop.downloads.status(file)) for file in ASSETS]
+        return [weight_answer(self.extension.downloads.status(file)) for file in ASSETS]
 
     async def weight_status(self, file: str) -> WeightAnswer:
         """One weight file: ask again while it is downloaded, to follow that."""
-        return weight_answer(self.workshop.downloads.status(known(file)))
+        return weight_answer(self.extension.downloads.status(known(file)))
 
     async def start_download(self, file: str) -> WeightAnswer:
         """Start to download a weight file. Nothing happens where it is here or on its way; a job would wait for it."""
-        return weight_answer(self.workshop.downloads.start(known(file)))
+        return weight_answer(self.extension.downloads.start(known(file)))
 
     async def cancel_download(self, file: str) -> WeightAnswer:
         """End the download of a weight file, also one that a job waits for. What has come is kept for the next time."""
-        return weight_answer(self.workshop.downloads.cancel(known(file)))
+        return weight_answer(self.extension.downloads.cancel(known(file)))
 
     def decode(self, body: DecodeBody, client: Client) -> PictureAnswer:
         """Give a picture its transparency, from the latent that it was decoded from.
@@ -118,7 +120,7 @@ class Routes:
         image = picture("image", body.image)
         check_cells("image", image)
         latent = read_latent(body.latent, image)
-        rgba = self.workshop.decode(body.family, over_grey(image), latent, body.passes, client.go_on)
+        rgba = self.networks.decode(body.family, over_grey(image), latent, body.passes, client.go_on)
         return PictureAnswer(image=png(to_pil(rgba[0])))
 
     def encode(self, body: EncodeBody, client: Client) -> LatentAnswer:
@@ -130,7 +132,7 @@ class Routes:
         """
         image = picture("image", body.image).convert("RGBA")
         check_cells("image", image)
-        offset = self.workshop.encode(body.family, from_pil(image)[None], client.go_on)
+        offset = self.networks.encode(body.family, from_pil(image)[None], client.go_on)
         return LatentAnswer(latent=encoded(save({"latent": offset.cpu().contiguous()})))
 
     def compose(self, body: ComposeBody, client: Client) -> PictureAnswer:
@@ -259,15 +261,15 @@ def png(image: Image.Image) -> str:
 # --- registration
 
 
-def register(app: FastAPI, workshop: Workshop) -> None:
+def register(app: FastAPI, extension: Extension) -> None:
     """Add the routes to the web UI's server, where it serves an API at all."""
-    users = workshop.host.api_users()
+    users = extension.host.api_users()
     if users is not None:
-        app.include_router(router_for(workshop, users))
+        app.include_router(router_for(extension, users))
         app.openapi_schema = None  # made again: somebody may have asked for it already
 
 
-def router_for(workshop: Workshop, users: Sequence[str]) -> APIRouter:
+def router_for(extension: Extension, users: Sequence[str]) -> APIRouter:
     """users: who may use the routes, each `name:password`; empty: everybody."""
     guards = [BasicAuth(users)] if users else []
     router = APIRouter(
@@ -277,7 +279,7 @@ def router_for(workshop: Workshop, users: Sequence[str]) -> APIRouter:
         default_response_class=AnswerInPieces,
         dependencies=[Depends(guard) for guard in guards],
     )
-    routes = Routes(workshop)
+    routes = Routes(extension)
     example = Examples()
     for method, path, endpoint, status, answer, request in (
         ("GET", "/health", routes.health, 200, example.health, None),

@@ -8,7 +8,7 @@ from accelerate.state import AcceleratorState
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors.torch import load_file
 
-from lib_layerdiffuse.engine.diffusers import DiffusersHost, Sampling, checkpoint_keys
+from lib_layerdiffuse.engine.diffusers import DiffusersBackend, Sampling, checkpoint_keys
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.injection.content import load_injection
 from lib_layerdiffuse.methods import METHODS, Family, find_method
@@ -98,7 +98,7 @@ def test_what_was_trained_is_what_is_injected(method, tmp_path):
         expected = net(*given)
     assert (expected - plain).abs().mean() > 0.05 * plain.abs().mean(), "nothing was added that could be missing"
 
-    host = DiffusersHost(pipeline_of(method.family))
+    host = DiffusersBackend(pipeline_of(method.family))
     injection = load_injection(method, tmp_path / method.weights)
     before = {name: weight.clone() for name, weight in host.unet.named_parameters()}
     condition = given[-1] if method.inputs else None
@@ -158,7 +158,7 @@ def test_weight_and_span(key, tmp_path):
     pipeline = pipeline_of(method.family)
     given = inputs(method, pipeline)
     save_halves(trained(method, pipeline).tensors(), tmp_path / method.weights)
-    host = DiffusersHost(pipeline_of(method.family))
+    host = DiffusersBackend(pipeline_of(method.family))
     plain = answer(host.unet, given)
     injection = load_injection(method, tmp_path / method.weights)
     condition = given[-1] if method.inputs else None
@@ -185,7 +185,7 @@ def test_weights_of_another_unet_are_refused_before_anything_changes(tmp_path):
     key = next(key for key in tensors if key.endswith("out.2.weight::diff::0"))
     tensors[key] = tensors[key][:2]
     save_halves(tensors, tmp_path / method.weights)
-    host = DiffusersHost(pipeline_of(method.family))
+    host = DiffusersBackend(pipeline_of(method.family))
     injection = load_injection(method, tmp_path / method.weights)
     injected = host.inject(injection, 1.0, 0.0, 1.0, None)
     with pytest.raises(LayerDiffuseError, match=r"out\.2\.weight .*UNet \(4, 32, 3, 3\)"), injected:
@@ -195,7 +195,7 @@ def test_weights_of_another_unet_are_refused_before_anything_changes(tmp_path):
 def test_the_vae_is_in_single_precision_whatever_the_unet_is():
     pipeline = pipeline_of(Family.SDXL)
     pipeline.to(torch.bfloat16)
-    host = DiffusersHost(pipeline)
+    host = DiffusersBackend(pipeline)
     assert host.unet.dtype == torch.bfloat16
     rgb = torch.rand(1, 3, 64, 64)
     mean, deviation = host.posterior(rgb)
@@ -206,18 +206,18 @@ def test_the_vae_is_in_single_precision_whatever_the_unet_is():
 
 def test_models_that_are_not_there_or_of_the_other_family(tmp_path):
     with pytest.raises(LayerDiffuseError, match="nowhere cannot be loaded: there is no such file"):
-        DiffusersHost.load(tmp_path / "nowhere", Family.SD15)
+        DiffusersBackend.load(tmp_path / "nowhere", Family.SD15)
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(LayerDiffuseError, match=r"no plain SD1\.5 or SDXL checkpoint"):
-        DiffusersHost.load(tmp_path / "model.safetensors", Family.SD15)
+        DiffusersBackend.load(tmp_path / "model.safetensors", Family.SD15)
     pipeline_of(Family.SD15).save_pretrained(tmp_path / "sd15")
-    assert DiffusersHost.load(tmp_path / "sd15", Family.SD15).usual_size == 128
+    assert DiffusersBackend.load(tmp_path / "sd15", Family.SD15).usual_size == 128
     with pytest.raises(LayerDiffuseError, match="StableDiffusionPipeline, but this needs SDXL"):
-        DiffusersHost.load(tmp_path / "sd15", Family.SDXL)
+        DiffusersBackend.load(tmp_path / "sd15", Family.SDXL)
 
 
 def test_seeds_are_of_each_picture():
-    host = DiffusersHost(pipeline_of(Family.SD15))
+    host = DiffusersBackend(pipeline_of(Family.SD15))
     host.pipeline.set_progress_bar_config(disable=True)
     sampling = Sampling(["a red disc"] * 2, [5, 6], "", 64, 64, 2, 1.0, "Euler")
     both = host.sample(sampling)
@@ -229,7 +229,7 @@ def test_seeds_are_of_each_picture():
 
 @pytest.mark.parametrize("family", Family)
 def test_words_are_read_as_diffusers_reads_them(family):
-    host = DiffusersHost(pipeline_of(family))
+    host = DiffusersBackend(pipeline_of(family))
     host.pipeline.set_progress_bar_config(disable=True)
     prompts, negative = ["a red disc", "a blue star, at the left"], "grey"
     found = host.sample(Sampling(prompts, [5, 6], negative, 64, 64, 2, 3.0, "Euler"))
@@ -249,7 +249,7 @@ def test_words_are_read_as_diffusers_reads_them(family):
 @pytest.mark.parametrize("family", Family)
 def test_long_words_are_read_in_chunks(family):
     """Of 38 tokens here, each with its start and end; what is shorter is filled up with empty ones."""
-    host = DiffusersHost(pipeline_of(family))
+    host = DiffusersBackend(pipeline_of(family))
     parts = ["a red disc " * 12 + "a red", "disc " + "a blue star " * 12 + "at", "the left"]
     whole = host.embeddings([" ".join(parts), "a ring"], "")
     each = [host.embeddings([part, other], "") for part, other in zip(parts, ["a ring", "", ""])]

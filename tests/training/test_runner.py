@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lib_layerdiffuse.engine.diffusers import DiffusersHost
+from lib_layerdiffuse.engine.diffusers import DiffusersBackend
 from lib_layerdiffuse.images.rgba import from_pil, over
 from lib_layerdiffuse.methods import METHODS, Layer, find_method
 
@@ -49,10 +49,10 @@ def test_every_method_makes_its_layers(run, method, given):
 @pytest.mark.parametrize(("method", "wrong"), [("pixels", "picture"), ("posterior", "latent")])
 @pytest.mark.parametrize("more", [["--plain"], ["--method", "sd15_bg2fg"]], ids=["plain", "layers"])
 def test_a_vae_that_answers_with_no_numbers_is_said(run, given, monkeypatch, method, wrong, more):
-    answer = getattr(DiffusersHost, method)
+    answer = getattr(DiffusersBackend, method)
     broken = {"pixels": lambda *args: answer(*args) * float("nan"),
               "posterior": lambda *args: [part * float("inf") for part in answer(*args)]}  # fmt: skip
-    monkeypatch.setattr(DiffusersHost, method, broken[method])
+    monkeypatch.setattr(DiffusersBackend, method, broken[method])
     with pytest.raises(SystemExit, match=rf"{wrong} that the VAE made has values that are no numbers"):
         generate(run, *more, "--bg-image", given[Layer.BG], "--init", given[Layer.BG])
 
@@ -96,7 +96,7 @@ def test_img2img_keeps_what_a_low_strength_leaves(run, given):
 def test_transparency_goes_into_the_starts_of_foregrounds_only(run, world, given, monkeypatch):
     scaling = json.loads((world / "vae" / "config.json").read_text(encoding="utf-8"))["scaling_factor"]
     starts = []
-    monkeypatch.setattr(DiffusersHost, "sample", lambda self, sampling, start: starts.append(start) or start)
+    monkeypatch.setattr(DiffusersBackend, "sample", lambda self, sampling, start: starts.append(start) or start)
     generate(run, "--method", "sd15_joint", "--weight", 0, "--init", given[Layer.FG])
     run("encode", given[Layer.FG], "start.safetensors", "--family", "sd15")
     foreground, background, blend = starts[0]

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from math import ceil, isfinite
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from lib_layerdiffuse.engine.diffusers import SAMPLERS, DiffusersHost, Sampling
+from lib_layerdiffuse.engine.backend import Backend
+from lib_layerdiffuse.engine.engine import Engine, check_family, run_chain, words_before
+from lib_layerdiffuse.engine.loaded import LoadedWeights
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.images.reading import MAX_PIXELS
-from lib_layerdiffuse.images.rgba import GREY, ResizeMode, compose, fit, from_pil, over_grey, to_pil
-from lib_layerdiffuse.injection.content import Injection, WeightPatch, load_injection
-from lib_layerdiffuse.methods import DECODERS, ENCODERS, Layer, find_method, shortened
-from lib_layerdiffuse.nets.decoder import TransparentDecoder
-from lib_layerdiffuse.nets.encoder import TransparentEncoder
+from lib_layerdiffuse.images.rgba import ResizeMode, fit, from_pil, over_grey, to_pil
+from lib_layerdiffuse.injection.content import Injection
+from lib_layerdiffuse.methods import Layer, Step, shortened
 from lib_layerdiffuse.request.advice import sampler_for
 from lib_layerdiffuse.request.layers import Request
 from lib_layerdiffuse.tensors import Latent, Rgb, Rgba
-from lib_layerdiffuse.vae import LATENT_STRIDE, PASSES, TransparentVAE, check_encoded, check_painted
-from lib_layerdiffuse.weights.files import read_tensors
+from lib_layerdiffuse.vae import LATENT_STRIDE, PASSES, TransparentVAE, check_painted
 
 MOST_PASSES = max(PASSES)
 SMALLEST = 64  # pixels of a side
@@ -60,145 +60,143 @@ class Made:
     seed: int
 
 
-class Studio:
-    """A model with the weights that go with it; keeps what it has read.
+@dataclass(frozen=True)
+class Sampling:
+    """What is sampled: a picture for each prompt, with its seed."""
 
-    obtain: the path of a weight file, by its name.
-    """
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    negative: str
+    width: int  # in pixels
+    height: int
+    steps: int
+    cfg: float
+    sampler: str
+    strength: float = 1.0  # of img2img: the part of the steps that is sampled
 
-    def __init__(self, host: DiffusersHost, obtain: Callable[[str], Path]) -> None:
-        self.host = host
-        self._obtain = obtain
-        self._injections: dict[str, Injection] = {}
-        self._vae: TransparentVAE | None = None
+
+class SamplingBackend(Backend, Protocol):
+    """A loaded model that samples when it is told to, where web UIs and graphs do so by themselves."""
+
+    @property
+    def samplers(self) -> Collection[str]:
+        """Their names."""
+
+    @property
+    def usual_size(self) -> int:
+        """The side of the pictures that the model was trained on, in pixels."""
+
+    def pixels(self, vae_latent: Latent) -> Rgb:
+        """What the VAE shows of a latent."""
+
+    def sample(self, sampling: Sampling, start: Latent | None = None) -> Latent:
+        """In sampler space, as `start` is: what img2img begins with, one for each prompt."""
+
+
+class Runner:
+    """A model with the weights that go with it; keeps what it has read."""
+
+    def __init__(self, backend: SamplingBackend, obtain: Callable[[str], Path]) -> None:
+        """obtain: the path of a weight file, by its name."""
+        self.backend = backend
+        self.engine = Engine(backend, LoadedWeights(obtain, backend.forget))
 
     def run(self, request: Request | None, job: Job) -> list[list[Made]]:
         """For each of the job's pictures, what belongs together. Raises LayerDiffuseError."""
-        usual = self.host.usual_size
+        usual = self.backend.usual_size
         job = replace(job, width=job.width or usual, height=job.height or usual)
-        check(job, request)
+        check(job, request, self.backend.samplers)
         if request is None:
             return self._step(None, job)
-        self._check_family(request)
+        check_family(request.method, self.backend.base_model())
         if not request.method.chain:
             return self._step(request, job)
-        images: dict[Layer, Sequence[Image.Image]] = dict(request.images)
         runs: list[list[Made]] = []
-        for step in request.method.chain:
+
+        def run(asked: Request, step: Step) -> list[Image.Image]:
             sampler = sampler_for(step.avoids, job.sampler)
-            together = self._step(request.for_step(step, images), replace(job, sampler=sampler))
-            runs.append([made for [made] in together])
-            [layer] = find_method(step.key).outputs
-            images[layer] = [made.image for made in runs[-1]]
+            runs.append([made for [made] in self._step(asked, replace(job, sampler=sampler))])
+            return [made.image for made in runs[-1]]
+
+        run_chain(request, run)
         return [list(together) for together in zip(*runs)]
+
+    @property
+    def vae(self) -> TransparentVAE:
+        """Decoder and encoder for the model. Raises LayerDiffuseError where there are none for its family."""
+        model = self.backend.base_model()
+        if model.family is None:
+            raise LayerDiffuseError(f"{model.checkpoint} is {model.kind}, which LayerDiffuse has no weights for.")
+        return self.engine.weights.vae(model.family, encodes=True)
 
     def encode(self, image: Image.Image) -> Latent:
         """The latent of a picture with its transparency in it, in VAE space."""
         check_picture(image)
-        rgba = from_pil(image.convert("RGBA"))[None]
-        mean, deviation = self._posterior(compose(rgba, GREY))
-        return mean + deviation * self.vae.encode(rgba).to(mean)
+        return self._encoded(image)[1]
 
     def decode(self, latent: Latent, painted: Rgb | None = None, passes: int = MOST_PASSES) -> Rgba:
         """The picture in a latent (VAE space). painted: what the model's VAE shows of it, where that is known."""
-        rgb = self.host.pixels(latent) if painted is None else painted
-        return self.vae.decode(rgb, latent.to(rgb), passes)
+        rgb = self.backend.pixels(latent) if painted is None else painted
+        return self.engine.decode(self.vae, rgb, latent, passes)
 
-    def _posterior(self, rgb: Rgb) -> tuple[Latent, Latent]:
-        mean, deviation = self.host.posterior(rgb)
-        check_encoded(mean)
-        return mean, deviation
-
-    @property
-    def vae(self) -> TransparentVAE:
-        if self._vae is None:
-            family, device = self.host.family, self.host.unet.device
-            decoder = TransparentDecoder.from_state_dict(read_tensors(self._obtain(DECODERS[family])))
-            encoder = TransparentEncoder.from_state_dict(read_tensors(self._obtain(ENCODERS[family])))
-            self._vae = TransparentVAE(*(net.to(device, torch.float32) for net in (decoder, encoder)))
-        return self._vae
-
-    def _check_family(self, request: Request) -> None:
-        method = request.method
-        if method.family is not self.host.family:
-            raise LayerDiffuseError(
-                f"{method.label} needs {method.family.word}, but the model is {self.host.family.word}. "
-                "Choose another model, or a method for this one."
-            )
+    def _encoded(self, image: Image.Image) -> tuple[Latent, Latent]:
+        return self.engine.encode(self.vae, from_pil(image.convert("RGBA"))[None])
 
     def _step(self, request: Request | None, job: Job) -> list[list[Made]]:
         outputs: Sequence[Layer | None] = request.method.outputs if request else (None,)
         layers = list(outputs) * job.count
-        texts = [request.words_before(layer) if request and layer else "" for layer in outputs]
-        prompts = [", ".join(filter(None, [text, job.prompt])) for text in texts] * job.count
+        words = words_before(request) if request else [""]
+        prompts = [", ".join(filter(None, [text, job.prompt])) for text in words] * job.count
         seeds = range(job.seed, job.seed + len(prompts))
         sampling = Sampling(
             prompts, seeds, job.negative, job.width, job.height, job.steps, job.cfg, job.sampler, job.strength
         )
-        start = self._start(job, layers) if job.inits else None
+        start = self._start(job, layers, len(outputs)) if job.inits else None
         with self._injected(request, job):
-            latents = self.host.vae_latent(self.host.sample(sampling, start))
+            latents = self.backend.vae_latent(self.backend.sample(sampling, start))
         passes = (request.passes if request else 0) or MOST_PASSES
         made = [self._made(*row, passes) for row in zip(latents.split(1), layers, seeds)]
         return [made[i : i + len(outputs)] for i in range(0, len(made), len(outputs))]
 
     def _made(self, latent: Latent, layer: Layer | None, seed: int, passes: int) -> Made:
-        painted = self.host.pixels(latent)
+        painted = self.backend.pixels(latent)
         check_painted(painted, latent)
         opaque = to_pil(painted[0])
         image = to_pil(self.decode(latent, painted, passes)[0]) if layer is Layer.FG else opaque
         return Made(image, opaque, layer, latent, seed)
 
-    def _start(self, job: Job, layers: Sequence[Layer | None]) -> Latent:
-        """What the rows of img2img start from, sampler space: transparency goes into those of foregrounds only."""
+    def _start(self, job: Job, layers: Sequence[Layer | None], frames: int) -> Latent:
+        """What the rows of img2img start from, in sampler space."""
         fitted = [fit(image, ResizeMode.CROP_AND_RESIZE, job.width, job.height) for image in job.inits]
-        frames = len(layers) // job.count
-        rows = [(fitted[row // frames % len(fitted)], layer) for row, layer in enumerate(layers)]
-        latents = [
-            self.encode(image) if layer is Layer.FG else self._posterior(over_grey(image))[0] for image, layer in rows
-        ]
-        return self.host.sampler_latent(torch.cat(latents))
+        encode = self._encoded if Layer.FG in layers else lambda image: self.engine.posterior(over_grey(image))[:1]
+        encoded = [encode(image) for image in fitted]
+        return self.engine.start(encoded, layers, frames)
 
     def _injected(self, request: Request | None, job: Job) -> AbstractContextManager[None]:
-        if request is None or not request.injects:
+        if request is None:
             return nullcontext()
-        injection = self._injection(request)
-        condition = self._condition(request, injection, job)
-        return self.host.inject(injection, request.weight, request.starting_step, request.ending_step, condition)
+        injection = self.engine.injection(request)
+        return self.engine.inject(request, injection, lambda: self._condition(request, injection, job))
 
-    def _injection(self, request: Request) -> Injection:
-        """Only the last one is kept, as each may have gigabytes."""
-        file = request.method.weights
-        if file not in self._injections:
-            self._injections = {file: load_injection(request.method, self._obtain(file))}
-        return self._injections[file]
-
-    def _condition(self, request: Request, injection: Injection, job: Job) -> Tensor | None:
+    def _condition(self, request: Request, injection: Injection | None, job: Job) -> Tensor | None:
         """What the injection reads of the images given, one for all pictures or one for each."""
         given = [request.images[layer] for layer in request.method.inputs]
-        if not given:
+        if not given or injection is None:
             return None
 
         def pixels(images: Sequence[Image.Image]) -> Rgb:
-            fitted = [fit(image, request.resize_mode, job.width, job.height) for image in images]
-            return torch.cat([over_grey(image) for image in fitted]).to(self.host.unet.device)
+            return torch.cat([over_grey(fit(image, request.resize_mode, job.width, job.height)) for image in images])
 
-        rgb = [pixels(images) for images in given]
-        if not isinstance(injection.content, WeightPatch):
-            [picture] = rgb
-            return picture
-        several = max(map(len, rgb))
-        latents = [self._posterior(picture)[0].expand(several, -1, -1, -1) for picture in rgb]
-        return self.host.sampler_latent(torch.cat(latents, dim=1))
+        return self.engine.condition(injection, [pixels(images) for images in given])
 
 
-def check(job: Job, request: Request | None = None) -> None:
+def check(job: Job, request: Request | None, samplers: Collection[str]) -> None:
     """Raises LayerDiffuseError where a job cannot be sampled, as far as can be said without the model."""
-    for problem in problems(job, request):
+    for problem in problems(job, request, samplers):
         raise LayerDiffuseError(problem)
 
 
-def problems(job: Job, request: Request | None) -> Iterator[str]:
+def problems(job: Job, request: Request | None, samplers: Collection[str]) -> Iterator[str]:
     rows = job.count * (request.method.frames if request else 1)
     for name, side in (("width", job.width), ("height", job.height)):
         if side and (side < SMALLEST or side % LATENT_STRIDE):
@@ -213,8 +211,8 @@ def problems(job: Job, request: Request | None) -> Iterator[str]:
         yield f"The seed is {job.seed}. Choose one from 0 to {SEEDS - rows}."
     if not isfinite(job.cfg):
         yield f"The CFG scale is {job.cfg}. Choose a number such as 7."
-    if job.sampler not in SAMPLERS:
-        yield f"There is no sampler {job.sampler}. Choose one of {', '.join(SAMPLERS)}."
+    if job.sampler not in samplers:
+        yield f"There is no sampler {job.sampler}. Choose one of {', '.join(samplers)}."
     if not 0 < job.strength <= 1:
         yield f"The strength is {job.strength:g}. Choose one above 0, up to 1."
     if job.inits and job.steps * job.strength < 1:
