@@ -209,7 +209,8 @@ class DiffusersBackend:
         if start is not None:
             pipeline = IMG2IMG[self.family](**pipeline.components)
             options = {"image": start.to(self.unet.device, self.unet.dtype), "strength": sampling.strength}
-        pipeline.scheduler = SAMPLERS[sampling.sampler].from_config(pipeline.scheduler.config)
+        config = {**pipeline.scheduler.config, "clip_sample": False}  # of DDIM: to the range of pixels
+        pipeline.scheduler = SAMPLERS[sampling.sampler].from_config(config)
         return pipeline(
             **self.embeddings(sampling.prompts, sampling.negative),
             num_inference_steps=sampling.steps,

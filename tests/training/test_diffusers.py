@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from diffusers import EulerDiscreteScheduler
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from peft import LoraConfig
 from safetensors.torch import load_file
 
 from lib_layerdiffuse.engine.diffusers import DiffusersBackend, Sampling, checkpoint_keys
@@ -225,6 +227,41 @@ def test_seeds_are_of_each_picture():
         host.sample(replace(sampling, prompts=["a red disc"], seeds=[6])), both[1:], rtol=1e-3, atol=1e-3
     )
     assert not torch.equal(both[0], both[1])
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "DPM++ 2M", "DDIM"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_what_is_held_stays_as_it_was(sampler, prediction):
+    host = DiffusersBackend(pipeline_of(Family.SDXL))
+    host.pipeline.set_progress_bar_config(disable=True)
+    host.pipeline.scheduler.register_to_config(prediction_type=prediction)
+    sampling = Sampling(["a red disc"] * 2, [5, 6], "", 64, 64, 6, 3.0, sampler)
+    original, noise = torch.randn(2, 2, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(2)).unbind()
+    left = torch.zeros(2, 1, SIDE, SIDE, dtype=torch.bool)
+    left[..., : SIDE // 2] = True
+    sigmas = []
+    alone = host.sample(sampling)
+    with host.hold(original, noise, lambda sigma: sigmas.append(sigma) or left):
+        made = host.sample(sampling)
+    torch.testing.assert_close(made[..., SIDE // 2 :], original[..., SIDE // 2 :], rtol=0, atol=5e-3)
+    assert (made - original)[..., : SIDE // 2].abs().mean() > 0.1
+    with host.hold(original, noise, lambda sigma: torch.ones_like(left)):
+        assert torch.equal(host.sample(sampling), alone)
+    assert torch.equal(host.sample(sampling), alone)
+    expected = EulerDiscreteScheduler.from_config(host.pipeline.scheduler.config)
+    expected.set_timesteps(6)
+    if sampler == "Euler":
+        torch.testing.assert_close(torch.tensor(sigmas), expected.sigmas[:-1].cpu(), rtol=1e-3, atol=1e-3)
+
+
+def test_a_lora_of_peft_does_not_hide_the_weights_that_it_is_on():
+    plain, wrapped = pipeline_of(Family.SDXL).unet, pipeline_of(Family.SDXL).unet
+    keys = list(checkpoint_keys(plain).values())
+    wrapped.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_out.0"]))
+    assert list(checkpoint_keys(wrapped).values()) == keys
+    with torch.no_grad():
+        for name, key in checkpoint_keys(wrapped).items():
+            torch.testing.assert_close(wrapped.get_parameter(name), dict(zip(keys, plain.parameters()))[key])
 
 
 @pytest.mark.parametrize("family", Family)
