@@ -22,10 +22,29 @@ class _Worded(str, Enum):
 
 
 class Family(_Worded):
-    """The kind of base model a method belongs to."""
+    """The kind of base model a method belongs to, with the facts about it that weights depend on."""
 
-    SD15 = "sd15", "SD1.5"
-    SDXL = "sdxl", "SDXL"
+    channels: int  # of its latents
+    context: int  # width of what its UNet reads of a text
+    decoder: str  # weight files of the transparent VAE; empty where the model's own VAE has alpha
+    encoder: str
+
+    SD15 = (
+        "sd15", "SD1.5", 4, 768,
+        "layer_sd15_vae_transparent_decoder.safetensors", "layer_sd15_vae_transparent_encoder.safetensors",
+    )  # fmt: skip
+    SDXL = (
+        "sdxl", "SDXL", 4, 2048,
+        "vae_transparent_decoder.safetensors", "vae_transparent_encoder.safetensors",
+    )  # fmt: skip
+
+    def __new__(
+        cls, value: str, word: str = "", channels: int = 0, context: int = 0, decoder: str = "", encoder: str = ""
+    ) -> "Family":
+        member = str.__new__(cls, value)
+        member._value_, member.word = value, word
+        member.channels, member.context, member.decoder, member.encoder = channels, context, decoder, encoder
+        return member
 
 
 class Layer(_Worded):
@@ -73,11 +92,16 @@ class Method:
 
     @property
     def makes_foreground(self) -> bool:
-        """Whether one of its pictures is decoded to RGBA."""
+        """Whether one of its pictures is RGBA."""
         return Layer.FG in self.outputs
 
+    @property
+    def decodes(self) -> bool:
+        """Whether that takes a transparent VAE."""
+        return self.makes_foreground and bool(self.family.decoder)
 
-_SD15, _SDXL = Family
+
+_SD15, _SDXL = Family.SD15, Family.SDXL
 _FG, _BG, _BLEND = Layer
 
 # The labels are those of the older extension, so that saved infotexts and API calls stay valid.
@@ -134,15 +158,6 @@ METHODS = (
     ),
 )  # fmt: skip
 
-DECODERS = {
-    Family.SD15: "layer_sd15_vae_transparent_decoder.safetensors",
-    Family.SDXL: "vae_transparent_decoder.safetensors",
-}
-ENCODERS = {
-    Family.SD15: "layer_sd15_vae_transparent_encoder.safetensors",
-    Family.SDXL: "vae_transparent_encoder.safetensors",
-}
-
 
 def find_method(value: object) -> Method:
     """The method with this label, key or position in METHODS (from 0); upper and lower case are one."""
@@ -191,7 +206,7 @@ def needed_files(method: Method, injects: bool = True, encodes: bool = False) ->
     for step in method.steps:
         one = find_method(step.key)
         files += [one.weights] * injects
-        files += [DECODERS[one.family], *[ENCODERS[one.family]] * encodes] * one.makes_foreground
+        files += [one.family.decoder, *[one.family.encoder] * encodes] * one.decodes
     return list(dict.fromkeys(files))
 
 

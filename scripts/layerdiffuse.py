@@ -17,6 +17,7 @@ from lib_layerdiffuse.webui import detect, outputs, panel, xyz_axes
 from lib_layerdiffuse.webui.api import routes
 from lib_layerdiffuse.webui.differential_session import ChangeSession
 from lib_layerdiffuse.webui.extension import Extension
+from lib_layerdiffuse.webui.job import Job, Processed
 from lib_layerdiffuse.webui.opening import open_session
 from lib_layerdiffuse.webui.session import Session
 
@@ -40,7 +41,7 @@ METHOD_KEY = layers.FORM.infotext("method")
 
 
 @contextmanager
-def ending_job(p: Any, processed: Any = None) -> Iterator[None]:
+def ending_job(p: Job, processed: Processed | None = None) -> Iterator[None]:
     """Hooks' exceptions are swallowed by the web UI, which goes on to an ordinary picture: end the job instead."""
     try:
         yield
@@ -48,15 +49,15 @@ def ending_job(p: Any, processed: Any = None) -> Iterator[None]:
         host.fail(p, error, processed)
 
 
-def session_of(p: Any) -> Session | None:
+def session_of(p: Job) -> Session | None:
     return getattr(p, "layerdiffuse", None)
 
 
-def change_of(p: Any) -> ChangeSession | None:
+def change_of(p: Job) -> ChangeSession | None:
     return getattr(p, "differential", None)
 
 
-def by_detailer(p: Any) -> bool:
+def by_detailer(p: Job) -> bool:
     """ADetailer repaints parts of a picture in jobs of its own; what we do to them, we do to the whole afterwards."""
     return getattr(p, "_ad_inner", False)
 
@@ -75,7 +76,7 @@ class DifferentialDiffusion(scripts.Script):
         self.infotext_fields = panel.paste_fields(differential.FORM, components)
         return components
 
-    def process(self, p: Any, *args: Any) -> None:
+    def process(self, p: Job, *args: Any) -> None:
         p.differential = None
         with ending_job(p):
             change = None if by_detailer(p) else Change.parse(args)
@@ -83,17 +84,17 @@ class DifferentialDiffusion(scripts.Script):
                 p.differential = ChangeSession(host, p, change)
                 p.extra_generation_params.update(change.infotext)
 
-    def process_before_every_sampling(self, p: Any, *args: Any, **kwargs: Any) -> None:
+    def process_before_every_sampling(self, p: Job, *args: Any, **kwargs: Any) -> None:
         if session := change_of(p):
             with ending_job(p):
                 session.before_sampling(p)
 
-    def postprocess_maskoverlay(self, p: Any, ppmo: Any, *args: Any) -> None:
+    def postprocess_maskoverlay(self, p: Job, ppmo: Any, *args: Any) -> None:
         if session := change_of(p):
             with ending_job(p):
                 ppmo.overlay_image = session.overlay(p, p.batch_index, ppmo.overlay_image)
 
-    def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
+    def postprocess(self, p: Job, processed: Processed, *args: Any) -> None:
         if (session := change_of(p)) and processed.images:
             with ending_job(p, processed):
                 session.finish(p, processed)
@@ -114,7 +115,7 @@ class LayerDiffuse(scripts.Script):
         self.infotext_fields = panel.paste_fields(layers.FORM, components)
         return components
 
-    def process(self, p: Any, *args: Any) -> None:
+    def process(self, p: Job, *args: Any) -> None:
         p.layerdiffuse = None  # scripts such as X/Y/Z plot run a copy of a `p` that has run before
         if unsupported or by_detailer(p):
             return
@@ -124,43 +125,43 @@ class LayerDiffuse(scripts.Script):
                 p.layerdiffuse = open_session(host, extension.engine, p, asked)
                 p.extra_generation_params.update(p.layerdiffuse.infotext)
 
-    def before_process_init_images(self, p: Any, pp: Any, *args: Any, **kwargs: Any) -> None:
+    def before_process_init_images(self, p: Job, pp: Any, *args: Any, **kwargs: Any) -> None:
         if session := session_of(p):
             session.before_inits(pp["image_mask"])
 
-    def before_process_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
+    def before_process_batch(self, p: Job, *args: Any, **kwargs: Any) -> None:
         if session := session_of(p):
             with ending_job(p):
                 session.before_prompts(p)
 
-    def process_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
+    def process_batch(self, p: Job, *args: Any, **kwargs: Any) -> None:
         if session_of(p):
             host.restore_prompts(p)
 
-    def process_before_every_sampling(self, p: Any, *args: Any, **kwargs: Any) -> None:
+    def process_before_every_sampling(self, p: Job, *args: Any, **kwargs: Any) -> None:
         if session := session_of(p):
             with ending_job(p):
                 session.before_sampling(p)
 
-    def post_sample(self, p: Any, ps: Any, *args: Any) -> None:
+    def post_sample(self, p: Job, ps: Any, *args: Any) -> None:
         if (session := session_of(p)) and torch.is_tensor(ps.samples):  # blended with the original by now
             session.sampled(ps.samples)
 
-    def postprocess_batch_list(self, p: Any, pp: Any, *args: Any, **kwargs: Any) -> None:
+    def postprocess_batch_list(self, p: Job, pp: Any, *args: Any, **kwargs: Any) -> None:
         if session := session_of(p):
             with ending_job(p):
                 session.decode_batch(p, pp.images)
 
-    def postprocess_maskoverlay(self, p: Any, ppmo: Any, *args: Any) -> None:
+    def postprocess_maskoverlay(self, p: Job, ppmo: Any, *args: Any) -> None:
         if session := session_of(p):
             session.before_overlay(p.batch_index, ppmo.overlay_image)
 
-    def postprocess_image_after_composite(self, p: Any, pp: Any, *args: Any) -> None:
+    def postprocess_image_after_composite(self, p: Job, pp: Any, *args: Any) -> None:
         if session := session_of(p):
             with ending_job(p):
                 pp.image = session.finish_picture(p, p.batch_index, pp.image)
 
-    def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
+    def postprocess(self, p: Job, processed: Processed, *args: Any) -> None:
         if (session := session_of(p)) and processed.images:  # ADetailer calls this before there are any
             with ending_job(p, processed):
                 session.finish(p, processed)

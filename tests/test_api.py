@@ -23,7 +23,7 @@ from starlette.middleware.gzip import GZipMiddleware
 
 from lib_layerdiffuse import vae
 from lib_layerdiffuse.images.rgba import from_pil, to_pil
-from lib_layerdiffuse.methods import DECODERS, ENCODERS, METHODS, Family
+from lib_layerdiffuse.methods import METHODS, Family
 from lib_layerdiffuse.nets.decoder import TransparentDecoder
 from lib_layerdiffuse.nets.encoder import TransparentEncoder
 from lib_layerdiffuse.vae import TransparentVAE
@@ -98,8 +98,8 @@ class SmallHost:
 @pytest.fixture
 def host(tmp_path):
     for family in Family:
-        save_file(DECODER, tmp_path / DECODERS[family])
-        save_file(ENCODER, tmp_path / ENCODERS[family])
+        save_file(DECODER, tmp_path / family.decoder)
+        save_file(ENCODER, tmp_path / family.encoder)
     return SmallHost(tmp_path)
 
 
@@ -246,7 +246,7 @@ def test_methods(client, host):
         "files": [{"file": "layer_sd15_fg2bg.safetensors", "state": "missing"}],
         "fits_checkpoint": True,
     }
-    assert {"file": DECODERS[Family.SDXL], "state": "present"} in rows[4]["files"]
+    assert {"file": Family.SDXL.decoder, "state": "present"} in rows[4]["files"]
     assert [row["fits_checkpoint"] for row in rows] == [row["family"] == "sd15" for row in rows]
 
 
@@ -319,7 +319,9 @@ def followed(client, state):
 def test_weights(client):
     rows = client.get("weights").json()
     assert [row["file"] for row in rows] == list(ASSETS)
-    assert {row["file"] for row in rows if row["state"] == "present"} == {*DECODERS.values(), *ENCODERS.values()}
+    assert {row["file"] for row in rows if row["state"] == "present"} == {
+        file for family in Family for file in (family.decoder, family.encoder)
+    }
     [row] = [row for row in rows if row["file"] == MISSING]
     assert row == client.get(f"weights/{MISSING}").json()
     assert row["address"].endswith(f"/LayerDiffusion/layerdiffusion-v1/resolve/{REVISION}/{MISSING}")
@@ -350,7 +352,7 @@ def test_a_download_that_fails(client, mirror):
 
 
 def test_weights_that_a_route_needs_are_downloaded_before_its_turn(client, host, mirror):
-    path = host.folder / DECODERS[Family.SD15]
+    path = host.folder / Family.SD15.decoder
     mirror.body = path.read_bytes()
     mirror.cuts, mirror.pause = [5000], PATIENCE
     path.unlink()
@@ -504,7 +506,7 @@ def test_a_body_that_is_too_large_is_refused_unread(client, path):
 
 
 def test_a_file_that_is_no_network(client, host):
-    (host.folder / DECODERS[Family.SD15]).write_bytes(save({"a": torch.zeros(1)}))
+    (host.folder / Family.SD15.decoder).write_bytes(save({"a": torch.zeros(1)}))
     answer = client.post("decode", json=decode_body())
     assert answer.status_code == 422
     assert "is not a transparent decoder" in answer.json()["detail"]
@@ -653,7 +655,7 @@ def test_no_more_layers_for_a_client_that_left(host, monkeypatch):
 
 def test_a_download_for_a_client_that_left_ends(host, mirror):
     mirror.cuts, mirror.pause = [5000], PATIENCE
-    (host.folder / DECODERS[Family.SD15]).unlink()
+    (host.folder / Family.SD15.decoder).unlink()
     wire = Wire(app_of(host), "decode", [body_of(decode_body())])
     with ThreadPoolExecutor() as pool:
         status = pool.submit(wire.ask)

@@ -13,7 +13,7 @@ from lib_layerdiffuse.engine.runner import Job, Runner, Sampling, SamplingBacken
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.images.rgba import from_pil, over_grey, to_pil
 from lib_layerdiffuse.injection.content import FIRST_CONV
-from lib_layerdiffuse.methods import DECODERS, ENCODERS, METHODS, Family, Layer, find_method
+from lib_layerdiffuse.methods import METHODS, Family, Layer, find_method
 from lib_layerdiffuse.request.layers import Request
 
 SIDE, STEPS = 64, 3
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
         random_state_dict(ReferenceDecoder(layers=1)),
         random_state_dict(reference_encoder(), prefix="blocks."),
     )
-    for file, tensors in ((DECODERS[Family.SDXL], decoder), (ENCODERS[Family.SDXL], encoder)):
+    for file, tensors in ((Family.SDXL.decoder, decoder), (Family.SDXL.encoder, encoder)):
         save_file({key: value.contiguous() for key, value in tensors.items()}, path / file)
     for method in XL:
         if not method.chain:

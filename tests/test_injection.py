@@ -26,7 +26,7 @@ WIDENED = {f"{CONV}::diff::0": torch.randn(6, 12, 3, 3)}
 
 def test_widened_first_convolution_is_split():
     """The first four channels read the latent, the others the condition latents."""
-    patch = WeightPatch.from_state_dict(LORA | WIDENED)
+    patch = WeightPatch.from_state_dict(LORA | WIDENED, 4)
     whole = WIDENED[f"{CONV}::diff::0"]
     assert patch.shapes()[CONV] == (6, 4, 3, 3)
     torch.testing.assert_close(torch.cat([patch.diff[CONV], patch.condition], dim=1), whole)
@@ -34,7 +34,7 @@ def test_widened_first_convolution_is_split():
 
 
 def test_additions_by_key():
-    patch = WeightPatch.from_state_dict(LORA | DIFF)
+    patch = WeightPatch.from_state_dict(LORA | DIFF, 4)
     assert patch.lora[KEY] == (LORA[f"{KEY}::lora::0"], LORA[f"{KEY}::lora::1"])
     assert patch.diff[CONV] is DIFF[f"{CONV}::diff::0"]
     assert patch.shapes() == {KEY: (6, 4), CONV: (6, 4, 3, 3)}
@@ -54,7 +54,7 @@ def test_additions_by_key():
 )
 def test_what_is_not_all_additions_is_refused(sd):
     with pytest.raises(LayerDiffuseError, match=f"found {len(sd)} tensors"):
-        WeightPatch.from_state_dict(sd)
+        WeightPatch.from_state_dict(sd, 4)
 
 
 def test_identity_changes_with_the_file(tmp_path):

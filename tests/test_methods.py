@@ -2,14 +2,14 @@
 
 import copy
 import pickle
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.methods import (
-    DECODERS,
     DEFAULT_METHOD,
-    ENCODERS,
     METHODS,
     Family,
     Layer,
@@ -140,9 +140,15 @@ def test_default_is_sdxl_attention() -> None:
 
 
 def test_every_family_has_its_own_networks() -> None:
-    for table in (DECODERS, ENCODERS):
-        assert list(table) == list(Family)
-        assert len(set(table.values()) & ASSETS.keys()) == len(Family)
+    files = {file for family in Family for file in (family.decoder, family.encoder)}
+    assert len(files & ASSETS.keys()) == 2 * len(Family)
+
+
+def test_a_family_whose_own_vae_has_alpha_needs_no_other() -> None:
+    newer = SimpleNamespace(decoder="", encoder="")
+    method = replace(find_method("xl_transparent_attn"), family=newer)
+    assert method.makes_foreground
+    assert not method.decodes
 
 
 @pytest.mark.parametrize("member", [*Family, *Layer])

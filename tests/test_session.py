@@ -20,7 +20,7 @@ from lib_layerdiffuse.engine.loaded import LoadedWeights
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.images.rgba import ResizeMode, content_hash, fit, over, over_grey, pad_colors, to_pil
 from lib_layerdiffuse.injection.content import WeightPatch
-from lib_layerdiffuse.methods import DECODERS, ENCODERS, Family, Layer, find_method
+from lib_layerdiffuse.methods import Family, Layer, find_method
 from lib_layerdiffuse.nets.encoder import TransparentEncoder
 from lib_layerdiffuse.request.layers import GREY_BACKGROUND, Request
 from lib_layerdiffuse.vae import TransparentVAE
@@ -620,8 +620,8 @@ def extension(tmp_path):
     """With small networks under the names of the released files."""
     host = SmallHost()
     host.folder = tmp_path
-    save_file(DECODER, tmp_path / DECODERS[Family.SD15])
-    save_file(ENCODER, tmp_path / ENCODERS[Family.SD15])
+    save_file(DECODER, tmp_path / Family.SD15.decoder)
+    save_file(ENCODER, tmp_path / Family.SD15.encoder)
     return Extension(host)
 
 
@@ -633,7 +633,7 @@ def test_weights_are_gone_before_others_are_read(extension, monkeypatch):
     monkeypatch.setattr(loaded, "return_freed_memory", lambda: alive.append([each() for each in forgotten if each()]))
     host.family = Family.SDXL
     keys = ["xl_transparent_attn", "xl_transparent_conv"]
-    save_file(DECODER, host.folder / DECODERS[Family.SDXL])
+    save_file(DECODER, host.folder / Family.SDXL.decoder)
     for key in keys:
         save_file(LORA, host.folder / find_method(key).weights)
     for key in [keys[0], keys[0], keys[1], keys[0]]:
@@ -803,9 +803,9 @@ def test_what_is_masked_starts_from_its_surroundings_where_the_job_says_so(fills
 
 
 def test_networks_are_read_once_and_the_encoder_for_img2img_only(extension):
-    (extension.host.folder / ENCODERS[Family.SD15]).rename(extension.host.folder / "later")
+    (extension.host.folder / Family.SD15.encoder).rename(extension.host.folder / "later")
     without = opened(extension, job([torch.zeros(1, 4, 2, 2)]))
-    (extension.host.folder / "later").rename(extension.host.folder / ENCODERS[Family.SD15])
+    (extension.host.folder / "later").rename(extension.host.folder / Family.SD15.encoder)
     first, second = (opened(extension, job([torch.zeros(1, 4, 2, 2)], inits=[random_image()])) for _ in range(2))
     assert without.vae.encoder is None
     assert without.vae.decoder is first.vae.decoder is second.vae.decoder
@@ -813,7 +813,7 @@ def test_networks_are_read_once_and_the_encoder_for_img2img_only(extension):
 
 
 def test_a_file_that_is_no_encoder_is_named(extension):
-    path = extension.host.folder / ENCODERS[Family.SD15]
+    path = extension.host.folder / Family.SD15.encoder
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(LayerDiffuseError, match=rf"{path.name} is not a transparent encoder: .*Delete it"):
         open_session(extension.host, extension.engine, job(inits=[random_image()]), request(weight=0))

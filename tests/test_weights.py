@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save, save_file
 
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.methods import DECODERS, ENCODERS, METHODS
+from lib_layerdiffuse.methods import METHODS, Family
 from lib_layerdiffuse.weights import files
 from lib_layerdiffuse.weights.files import check_whole, fingerprint, read_tensors
 from lib_layerdiffuse.weights.library import WeightLibrary
@@ -36,7 +36,8 @@ def quiet(done: int, size: int) -> None:
 
 
 def test_every_file_a_method_needs_is_in_the_catalogue() -> None:
-    needed = {method.weights for method in METHODS if not method.chain} | {*DECODERS.values(), *ENCODERS.values()}
+    needed = {method.weights for method in METHODS if not method.chain}
+    needed |= {file for family in Family for file in (family.decoder, family.encoder)}
     assert needed == ASSETS.keys()
 
 
@@ -44,7 +45,7 @@ def test_every_file_a_method_needs_is_in_the_catalogue() -> None:
 def test_asset_row(asset: Asset) -> None:
     assert asset.file.endswith(".safetensors")
     assert abs(asset.size - asset.megabytes * MB) <= MB / 2
-    assert len(bytes.fromhex(asset.sha256)) == (0 if asset.file in ENCODERS.values() else 32)
+    assert len(bytes.fromhex(asset.sha256)) == (0 if asset.file in [family.encoder for family in Family] else 32)
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def encode(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def decode(arguments: argparse.Namespace) -> dict[str, Any]:
-    latent = latents.read(arguments.latent)
+    latent = latents.read(arguments.latent, Family(arguments.family))
     targets = numbered(arguments.picture, len(latent))
     for target in targets:
         check_target(target, LOSSLESS, TRANSPARENT, arguments.overwrite)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.methods import DECODERS, ENCODERS, Family
+from lib_layerdiffuse.methods import Family
 
 WORLD = Path(__file__).parent.parent / "world"
 WORLD_CFG, USUAL_CFG = 3.0, 7.0
@@ -51,7 +51,7 @@ def open_world(family: Family) -> Any:
     from lib_layerdiffuse.engine.diffusers import DiffusersBackend
     from lib_layerdiffuse.engine.runner import Runner
 
-    of_all = {names[each]: names[Family.SDXL] for names in (ENCODERS, DECODERS) for each in Family}
+    of_all = {getattr(each, net): getattr(Family.SDXL, net) for net in ("encoder", "decoder") for each in Family}
     return Runner(DiffusersBackend.load_world(WORLD, family), lambda file: WORLD / "weights" / of_all.get(file, file))
 
 

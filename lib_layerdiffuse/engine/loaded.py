@@ -11,7 +11,7 @@ from torch import nn
 from lib_layerdiffuse.engine.memory import return_freed_memory
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.injection.content import Injection, load_injection
-from lib_layerdiffuse.methods import DECODERS, ENCODERS, Family, Method
+from lib_layerdiffuse.methods import Family, Method
 from lib_layerdiffuse.nets.decoder import TransparentDecoder
 from lib_layerdiffuse.nets.encoder import TransparentEncoder
 from lib_layerdiffuse.vae import TransparentVAE
@@ -48,8 +48,8 @@ class LoadedWeights:
 
     def vae(self, family: Family, encodes: bool) -> TransparentVAE:
         """The decoder of that family, with its encoder where something is encoded."""
-        decoder = self.net(TransparentDecoder, DECODERS[family])
-        return TransparentVAE(decoder, self.net(TransparentEncoder, ENCODERS[family]) if encodes else None)
+        decoder = self.net(TransparentDecoder, family.decoder)
+        return TransparentVAE(decoder, self.net(TransparentEncoder, family.encoder) if encodes else None)
 
     def net(self, kind: type[Net], file: str) -> nn.Module:
         path = self.obtain(file)

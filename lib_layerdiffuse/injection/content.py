@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -10,13 +10,13 @@ from pathlib import Path
 from torch import Tensor
 
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.methods import Family, Method
+from lib_layerdiffuse.methods import Method
 from lib_layerdiffuse.nets.attention_sharing import AttentionSharing, FoldedSharing
 from lib_layerdiffuse.tensors import StateDict
 from lib_layerdiffuse.weights.files import REPLACE, fingerprint, read_tensors
 
+SHARING = "hookers."  # what keys of attention sharing begin with
 FIRST_CONV = "diffusion_model.input_blocks.0.0.weight"
-LATENT_CHANNELS = 4  # of SDXL; more in a diff of the first convolution read the latents of condition images
 
 
 @dataclass(frozen=True)
@@ -25,29 +25,28 @@ class WeightPatch:
 
     lora: Mapping[str, tuple[Tensor, Tensor]]  # up [out, rank], down [rank, in]; scale 1
     diff: Mapping[str, Tensor]  # same shape as the weight
-    condition: Tensor | None = None  # what widens the first convolution, [out, 4 for each condition image, 3, 3]
+    condition: Tensor | None = None  # what widens the first convolution, [out, C for each condition image, 3, 3]
+    conditions: int = 0  # how many condition images that reads the latents of
 
     @classmethod
-    def from_state_dict(cls, sd: StateDict) -> WeightPatch:
-        """Keys are `<unet key>::<lora or diff>::<index>`. Raises LayerDiffuseError where they are not."""
+    def from_state_dict(cls, sd: StateDict, channels: int) -> WeightPatch:
+        """Keys are `<unet key>::<lora or diff>::<index>`. Raises LayerDiffuseError where they are not.
+
+        channels: of a latent; more in a diff of the first convolution read the latents of condition images.
+        """
         lora = {
             key: (sd[f"{key}::lora::0"], sd[f"{key}::lora::1"]) for key in keys_of("lora", sd) & keys_of("lora", sd, 1)
         }
         diff = {key: sd[f"{key}::diff::0"] for key in keys_of("diff", sd)}
         if not sd or 2 * len(lora) + len(diff) != len(sd):
             raise LayerDiffuseError(
-                "expected additions to SDXL weights, `…::lora::0` with `…::lora::1` or `…::diff::0`, found "
+                "expected additions to weights of the UNet, `…::lora::0` with `…::lora::1` or `…::diff::0`, found "
                 f"{len(sd)} tensors such as `{min(sd, default='none')}`"
             )
-        if FIRST_CONV not in diff or diff[FIRST_CONV].shape[1] <= LATENT_CHANNELS:
+        if FIRST_CONV not in diff or diff[FIRST_CONV].shape[1] <= channels:
             return cls(lora, diff)
-        own, condition = diff[FIRST_CONV].tensor_split([LATENT_CHANNELS], dim=1)
-        return cls(lora, diff | {FIRST_CONV: own}, condition)
-
-    @property
-    def conditions(self) -> int:
-        """How many condition images it reads."""
-        return 0 if self.condition is None else self.condition.shape[1] // LATENT_CHANNELS
+        own, condition = diff[FIRST_CONV].tensor_split([channels], dim=1)
+        return cls(lora, diff | {FIRST_CONV: own}, condition, condition.shape[1] // channels)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape that each weight must have for its addition to fit; a LoRA fits the weight as a matrix."""
@@ -83,17 +82,18 @@ class Injection:
     content: WeightPatch | FoldedSharing
 
 
-CONTENTS: Mapping[Family, Callable[[StateDict], WeightPatch | FoldedSharing]] = {
-    Family.SD15: lambda sd: AttentionSharing.from_state_dict(sd).folded(),
-    Family.SDXL: WeightPatch.from_state_dict,
-}
+def content_of(sd: StateDict, channels: int) -> WeightPatch | FoldedSharing:
+    """The file says what it is. Raises LayerDiffuseError where it is neither."""
+    if any(key.startswith(SHARING) for key in sd):
+        return AttentionSharing.from_state_dict(sd).folded()
+    return WeightPatch.from_state_dict(sd, channels)
 
 
 def load_injection(method: Method, path: Path) -> Injection:
     """Read the method's weight file. Raises LayerDiffuseError where it is not whole or not of this kind."""
     sd = read_tensors(path)
     try:
-        content = CONTENTS[method.family](sd)
+        content = content_of(sd, method.family.channels)
         if isinstance(content, FoldedSharing) and content.frames != method.frames:
             raise LayerDiffuseError(f"expected {method.frames} frames for each picture, found {content.frames}")
         if content.conditions != len(method.inputs):

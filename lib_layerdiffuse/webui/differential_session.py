@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
 
 from PIL import Image, ImageOps
 
@@ -21,13 +20,14 @@ from lib_layerdiffuse.request.differential import (
 )
 from lib_layerdiffuse.tensors import Latent
 from lib_layerdiffuse.webui.host import Host, check_mask, seen, whole
+from lib_layerdiffuse.webui.job import Job, Processed
 from lib_layerdiffuse.webui.outputs import is_marked, on_checkerboard
 
 
 class ChangeSession:
     """One run of the host's img2img in which each pixel changes as much as a map says."""
 
-    def __init__(self, host: Host, p: Any, change: Change) -> None:
+    def __init__(self, host: Host, p: Job, change: Change) -> None:
         """Raises LayerDiffuseError where there is nothing to make a map of."""
         self.host = host
         self.change = change
@@ -42,7 +42,7 @@ class ChangeSession:
         for note in dict.fromkeys(note for each in self.maps for note in change.notes(each, self.steps)):
             host.note(p, note)
 
-    def before_sampling(self, p: Any) -> None:
+    def before_sampling(self, p: Job) -> None:
         """For each batch."""
 
         def held(x: Latent, noise: Latent) -> AbstractContextManager[None]:
@@ -52,7 +52,7 @@ class ChangeSession:
 
         self.host.around_sampling(p, "differential", held, lambda latent: None)
 
-    def overlay(self, p: Any, index: int, overlay: Image.Image | None) -> Image.Image | None:
+    def overlay(self, p: Job, index: int, overlay: Image.Image | None) -> Image.Image | None:
         """What of the original is put over the picture at `index` of the batch; overlay: where no picture changes."""
         if overlay is None or len(self.masks) == 1:
             return overlay
@@ -62,7 +62,7 @@ class ChangeSession:
         original.putalpha(ImageOps.invert(mask.convert("L")))
         return original
 
-    def finish(self, p: Any, processed: Any) -> None:
+    def finish(self, p: Job, processed: Processed) -> None:
         """Show and save a strength fan once more, with the strengths under its columns."""
         self.host.restore_mask(p)
         if self.change.fans:

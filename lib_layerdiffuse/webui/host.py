@@ -18,6 +18,7 @@ from lib_layerdiffuse.request.form import IMAGE_NEEDS
 from lib_layerdiffuse.request.layers import Request
 from lib_layerdiffuse.tensors import Latent
 from lib_layerdiffuse.vae import LATENT_STRIDE
+from lib_layerdiffuse.webui.job import Job, Processed
 from lib_layerdiffuse.webui.script_runs import ScriptRun
 
 Around: TypeAlias = Callable[[Latent, Latent], AbstractContextManager[None]]
@@ -60,46 +61,46 @@ class Host(Protocol):
     def read_args(self, readers: Mapping[str, Callable[[object], list[object]]]) -> None:
         """Have the API take the args of the scripts with these titles as their readers read them."""
 
-    def fail(self, p: Any, error: Exception, processed: Any = None) -> None:
+    def fail(self, p: Job, error: Exception, processed: Processed | None = None) -> None:
         """Make the job end with `error` at its next step: hosts swallow what a hook raises.
 
         processed: what the job made, where its last step is over.
         """
 
-    def note(self, p: Any, text: str) -> None:
+    def note(self, p: Job, text: str) -> None:
         """Show a sentence with the result."""
 
-    def script_run(self, p: Any) -> ScriptRun:
+    def script_run(self, p: Job) -> ScriptRun:
         """The run of a script that this job belongs to; one of its own where there is none."""
 
-    def size(self, p: Any) -> tuple[int, int]:
+    def size(self, p: Job) -> tuple[int, int]:
         """Width and height of the first sampling pass."""
 
-    def refiner(self, p: Any) -> str | None:
+    def refiner(self, p: Job) -> str | None:
         """The checkpoint that takes over on the way, and when, in words."""
 
-    def expect(self, p: Any, times: int) -> None:
+    def expect(self, p: Job, times: int) -> None:
         """Have the progress bar count on this job being run so many times, before the first."""
 
-    def fit_batch(self, p: Any, frames: int) -> None:
+    def fit_batch(self, p: Job, frames: int) -> None:
         """Round the batch size up to whole pictures; see `batches.fitted`."""
 
-    def rows(self, p: Any) -> range:
+    def rows(self, p: Job) -> range:
         """Which pictures of the job this batch is."""
 
-    def put_before_prompts(self, p: Any, texts: Sequence[str]) -> None:
+    def put_before_prompts(self, p: Job, texts: Sequence[str]) -> None:
         """Sample this batch with `texts`, one for each frame, before the prompts; what is recorded stays."""
 
-    def restore_prompts(self, p: Any) -> None:
+    def restore_prompts(self, p: Job) -> None:
         """After the host has read the prompts of this batch."""
 
-    def run_again(self, p: Any, request: Request, sampler: str) -> Any:
+    def run_again(self, p: Job, request: Request, sampler: str) -> Any:
         """Run a copy of the job, with the same prompts and seeds, for another request; what it made (`processed`)."""
 
-    def sampler(self, p: Any) -> str:
+    def sampler(self, p: Job) -> str:
         """The name of the job's sampler."""
 
-    def add_runs(self, p: Any, processed: Any, runs: Sequence[Any]) -> None:
+    def add_runs(self, p: Job, processed: Processed, runs: Sequence[Any]) -> None:
         """Put the pictures of later runs behind those of the first that they belong to."""
 
     def checkpoint_file(self, title: str | None) -> Path | None:
@@ -108,67 +109,67 @@ class Host(Protocol):
     def is_checkpoint_box(self, component: Any) -> bool:
         """Whether this is the page's list of checkpoints to choose from."""
 
-    def init_images(self, p: Any) -> list[Image.Image]:
+    def init_images(self, p: Job) -> list[Image.Image]:
         """The pictures that img2img starts from; empty in txt2img."""
 
-    def set_init_images(self, p: Any, init_images: list[Image.Image]) -> None:
+    def set_init_images(self, p: Job, init_images: list[Image.Image]) -> None:
         """Have img2img start from these instead."""
 
-    def flat_init(self, p: Any, index: int) -> Image.Image:
+    def flat_init(self, p: Job, index: int) -> Image.Image:
         """The picture that the one at `index` of a batch starts from, as the host takes it: opaque."""
 
-    def init_mode(self, p: Any) -> ResizeMode | None:
+    def init_mode(self, p: Job) -> ResizeMode | None:
         """How they are brought to the size of the picture; None where that happens to their latents."""
 
-    def start_from(self, p: Any, latents: Latent) -> None:
+    def start_from(self, p: Job, latents: Latent) -> None:
         """Have img2img start from these (sampler space, one for each picture of the batch) instead of its own.
 
         Masked parts are filled as the job says, where that is done to latents.
         """
 
-    def fills_mask(self, p: Any) -> bool:
+    def fills_mask(self, p: Job) -> bool:
         """Whether what is masked starts from its surroundings instead of from what is there."""
 
-    def mask(self, p: Any) -> Image.Image | None:
+    def mask(self, p: Job) -> Image.Image | None:
         """The inpaint mask: mode L, 255 where the picture is painted over, not blurred yet."""
 
-    def flatten_mask(self, p: Any) -> None:
+    def flatten_mask(self, p: Job) -> None:
         """Have the job inpaint with its mask as `mask` reads it: hosts may take the alpha of it for all of it."""
 
-    def set_mask(self, p: Any, mask: Image.Image) -> None:
+    def set_mask(self, p: Job, mask: Image.Image) -> None:
         """Have the job inpaint with this mask (mode L) as it is, soft edges and all.
 
         Where it had no mask, the whole picture is sampled, from what is there.
         """
 
-    def restore_mask(self, p: Any) -> None:
+    def restore_mask(self, p: Job) -> None:
         """After the job: put back the mask that it had."""
 
-    def only_masked(self, p: Any) -> bool:
+    def only_masked(self, p: Job) -> bool:
         """Whether only the masked part of the picture is sampled, enlarged to the size of the job."""
 
-    def region(self, p: Any) -> Box | None:
+    def region(self, p: Job) -> Box | None:
         """That part of the init image, once sampling begins: left, upper, right and lower edge. None: all of it."""
 
-    def steps(self, p: Any) -> int:
+    def steps(self, p: Job) -> int:
         """How many steps img2img will sample."""
 
-    def overlaid(self, p: Any, picture: Image.Image, overlay: Image.Image | None) -> Image.Image:
+    def overlaid(self, p: Job, picture: Image.Image, overlay: Image.Image | None) -> Image.Image:
         """What the host makes of a sampled picture: put in its place, with what was not painted over it."""
 
-    def pictures(self, processed: Any) -> list[Image.Image]:
+    def pictures(self, processed: Processed) -> list[Image.Image]:
         """What the job made, without a grid of them, and without masks."""
 
-    def save_extra(self, p: Any, processed: Any, index: int, picture: Image.Image, name: str) -> None:
+    def save_extra(self, p: Job, processed: Processed, index: int, picture: Image.Image, name: str) -> None:
         """Show a picture behind the others, and save it beside the one at `index`, if that is saved."""
 
-    def flatten_upscaled(self, p: Any, flatten: Callable[[Image.Image], Image.Image]) -> None:
+    def flatten_upscaled(self, p: Job, flatten: Callable[[Image.Image], Image.Image]) -> None:
         """The upscale button under the gallery starts from a finished picture, which hosts take for RGB."""
 
-    def upscales(self, p: Any) -> bool:
+    def upscales(self, p: Job) -> bool:
         """Whether this is the upscale button: a hires pass that starts from one finished picture."""
 
-    def around_sampling(self, p: Any, owner: str, around: Around, finished: Callable[[Latent], None]) -> None:
+    def around_sampling(self, p: Job, owner: str, around: Around, finished: Callable[[Latent], None]) -> None:
         """Run the next samplings inside `around(x, noise)`, and hand their final latents to `finished`.
 
         Instead of what the owner gave before. x: what img2img starts from, without the noise; in txt2img, both are the
@@ -176,14 +177,14 @@ class Host(Protocol):
         """
 
     def hold(
-        self, p: Any, original: Latent, noise: Latent, released: Callable[[Sequence[float], float], Tensor]
+        self, p: Job, original: Latent, noise: Latent, released: Callable[[Sequence[float], float], Tensor]
     ) -> AbstractContextManager[None]:
         """`Backend.hold`, instead of the web UI's own inpainting. released: of the sampler's sigmas, and of one."""
 
-    def infotexts(self, processed: Any) -> list[str]:
+    def infotexts(self, processed: Processed) -> list[str]:
         """Of each of `pictures`."""
 
-    def show(self, p: Any, processed: Any, extras: Sequence[Image.Image], frames: int) -> None:
+    def show(self, p: Job, processed: Processed, extras: Sequence[Image.Image], frames: int) -> None:
         """Put the extras behind what the job made (`processed`), and the notes where API clients see them too.
 
         For the API, the pictures precede the grid. frames: how many of the pictures belong together, each time.
@@ -195,11 +196,11 @@ class Host(Protocol):
     def path_fits(self, path: Path) -> bool:
         """Whether the host and the file system take a path as it is."""
 
-    def save_beside(self, p: Any, image: Image.Image, path: Path, suffix: str, extension: str, infotext: str) -> None:
+    def save_beside(self, p: Job, image: Image.Image, path: Path, suffix: str, extension: str, infotext: str) -> None:
         """Save `image` in `path`'s folder, under its name with `suffix`."""
 
 
-def seen(host: Host, p: Any, image: Image.Image) -> Image.Image:
+def seen(host: Host, p: Job, image: Image.Image) -> Image.Image:
     """What of an init image, or of a mask of its size, is sampled: at that size, unless its latents are enlarged."""
     width, height = host.size(p)
     mode = host.init_mode(p)
@@ -226,7 +227,7 @@ def whole(init: Image.Image) -> Image.Image:
         raise LayerDiffuseError(f"The picture that img2img starts from is damaged. Set it to {IMAGE_NEEDS}.") from error
 
 
-def check_mask(host: Host, p: Any) -> None:
+def check_mask(host: Host, p: Job) -> None:
     """Raises LayerDiffuseError where a masked picture would be enlarged as latents: a mask is for pixels."""
     if host.mask(p) and host.init_mode(p) is None:
         raise LayerDiffuseError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from PIL import Image
 
@@ -14,12 +13,13 @@ from lib_layerdiffuse.methods import Method, needed_files
 from lib_layerdiffuse.request.advice import notes
 from lib_layerdiffuse.request.layers import Request
 from lib_layerdiffuse.webui.host import Host, check_mask, whole, whole_cells
+from lib_layerdiffuse.webui.job import Job
 from lib_layerdiffuse.webui.session import Session
 
 SWITCH_OFF = "switch LayerDiffuse off"
 
 
-def open_session(host: Host, engine: Engine, p: Any, request: Request) -> Session:
+def open_session(host: Host, engine: Engine, p: Job, request: Request) -> Session:
     """Raises LayerDiffuseError."""
     check(host, p, request.method)
     inits = flatten_inits(host, p)
@@ -32,12 +32,12 @@ def open_session(host: Host, engine: Engine, p: Any, request: Request) -> Sessio
     method = request.method
     if method.frames > 1:
         host.fit_batch(p, method.frames)
-    decodes = method.makes_foreground and not host.script_run(p).is_opaque
+    decodes = method.decodes and not host.script_run(p).is_opaque
     vae = engine.weights.vae(method.family, bool(inits)) if decodes else None
     return Session(host, engine, request, engine.injection(request), vae, inits)
 
 
-def flatten_inits(host: Host, p: Any) -> list[Image.Image]:
+def flatten_inits(host: Host, p: Job) -> list[Image.Image]:
     """The pictures that img2img starts from, as RGBA; the host gets what is opaque of them."""
     inits = [whole(image) for image in distinct(host.init_images(p))]
     if not inits:
@@ -51,7 +51,7 @@ def flatten_inits(host: Host, p: Any) -> list[Image.Image]:
     return inits
 
 
-def check(host: Host, p: Any, method: Method) -> None:
+def check(host: Host, p: Job, method: Method) -> None:
     """Raises LayerDiffuseError where the method does not go with the job."""
     check_family(method, host.backend.base_model())
     if method.frames > 1 and host.upscales(p):
@@ -71,7 +71,7 @@ def check(host: Host, p: Any, method: Method) -> None:
         )
 
 
-def announce(host: Host, engine: Engine, p: Any, request: Request) -> None:
+def announce(host: Host, engine: Engine, p: Job, request: Request) -> None:
     """Before a job, and before the first of a chain: have all the files, and say what is to be known."""
     for file in needed_files(request.method, request.injects, bool(host.init_images(p))):
         engine.weights.obtain(file)

@@ -18,6 +18,7 @@ from PIL import Image
 from lib_layerdiffuse.images.rgba import flattened
 from lib_layerdiffuse.request.layers import FORM
 from lib_layerdiffuse.webui.changes import after, change
+from lib_layerdiffuse.webui.job import Job, Processed
 from lib_layerdiffuse.webui.outputs import (
     EXTRAS,
     LOSSLESS,
@@ -120,7 +121,7 @@ def cropping_with_alpha(original: Function) -> Function:
 def with_notes(original: Function) -> Function:
     """Scripts say what they made of our pictures, and what their jobs said."""
 
-    def run(self: Any, p: Any, *args: Any) -> Any:
+    def run(self: Any, p: Job, *args: Any) -> Any:
         script = self.selectable_scripts[args[0] - 1] if args and args[0] else None
         if script is None:
             return original(self, p, *args)
@@ -137,7 +138,7 @@ def with_notes(original: Function) -> Function:
     return run
 
 
-def script_run_of(p: Any) -> ScriptRun:
+def script_run_of(p: Job) -> ScriptRun:
     return getattr(p, "layerdiffuse_script", None) or ScriptRun("")
 
 
@@ -147,7 +148,7 @@ def is_on(runner: Any, args: Sequence[Any]) -> bool:
     return any(FORM.is_on(each) for each in own)
 
 
-def tell(p: Any, processed: Any) -> None:
+def tell(p: Job, processed: Processed) -> None:
     """The job's notes: on the page, and where API clients see them."""
     processed.comments = "".join(f"{comment}\n" for comment in p.comments)
     if p.comments:

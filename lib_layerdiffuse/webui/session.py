@@ -32,6 +32,7 @@ from lib_layerdiffuse.tensors import Latent, Rgb, Rgba
 from lib_layerdiffuse.vae import LATENT_STRIDE, TransparentVAE
 from lib_layerdiffuse.webui import outputs
 from lib_layerdiffuse.webui.host import Host, seen, whole_cells
+from lib_layerdiffuse.webui.job import Job, Processed
 from lib_layerdiffuse.webui.outputs import (
     EXTRAS,
     LAYER_KEY,
@@ -126,7 +127,7 @@ class Session:
     def _is_decoded(self, row: int) -> bool:
         return self.vae is not None and self._layer(row) is Layer.FG
 
-    def before_prompts(self, p: Any) -> None:
+    def before_prompts(self, p: Job) -> None:
         """For each batch, before the host reads its prompts."""
         texts = words_before(self.request)
         if any(texts):
@@ -136,7 +137,7 @@ class Session:
         """When the host has worked out how it will sample. mask: the part of it that is sampled, at that size."""
         self._mask = mask
 
-    def before_sampling(self, p: Any) -> None:
+    def before_sampling(self, p: Job) -> None:
         """For each sampling pass of the job, the last of which makes the latent that is decoded."""
         if self.inits and self.vae:
             self.host.start_from(p, self._start_latents(p))
@@ -151,14 +152,14 @@ class Session:
         """What came out of the latest sampling, in sampler space; again, if it is changed since."""
         self._latent = latent
 
-    def _start_latents(self, p: Any) -> Latent:
+    def _start_latents(self, p: Job) -> Latent:
         """What a batch of img2img starts from."""
         if not self._encoded:
             self._encoded = [self._encode(p, init) for init in self.inits]
         layers = [self._layer(row) for row in range(len(self.host.rows(p)))]
         return self.engine.start(self._encoded, layers, self.method.frames)
 
-    def _encode(self, p: Any, init: Image.Image) -> tuple[Latent, Latent]:
+    def _encode(self, p: Job, init: Image.Image) -> tuple[Latent, Latent]:
         """The latents of the picture over grey, and of the picture with its transparency, in VAE space."""
         assert self.vae is not None, "a start without an encoder"
         rgba = from_pil(seen(self.host, p, init))[None]
@@ -166,7 +167,7 @@ class Session:
             rgba = fill_masked(rgba, from_pil(whole_cells(self._mask))[None, :1])
         return self.engine.encode(self.vae, rgba)
 
-    def _condition(self, p: Any, width: int, height: int) -> Tensor | None:
+    def _condition(self, p: Job, width: int, height: int) -> Tensor | None:
         """What the injection reads of the images given, for this batch; None where it reads none."""
         given = [self.request.images[layer] for layer in self.method.inputs]
         if not given or self.injection is None:
@@ -184,7 +185,7 @@ class Session:
         image = images[row if len(images) > 1 else 0]
         return fit(image, self.request.resize_mode, width, height)
 
-    def decode_batch(self, p: Any, pixels: Sequence[Rgb]) -> None:
+    def decode_batch(self, p: Job, pixels: Sequence[Rgb]) -> None:
         """Decode the foregrounds of the batch just sampled. pixels: what the host made of each picture, [3, H, W]."""
         assert self._latent is not None, "the host decoded a batch without sampling it"
         start = time.perf_counter()
@@ -211,7 +212,7 @@ class Session:
         """What the host is about to put over the picture at `index` of the batch: the original that is not masked."""
         self._overlays[index] = overlay
 
-    def finish_picture(self, p: Any, index: int, shown: Image.Image) -> Image.Image:
+    def finish_picture(self, p: Job, index: int, shown: Image.Image) -> Image.Image:
         """What the picture at `index` of the batch becomes: an RGBA, where it is a foreground.
 
         shown: the host's picture, perhaps edited by others.
@@ -232,7 +233,7 @@ class Session:
         self.pictures.append(picture)
         return outputs.mark(image, picture, caption=layer.word if self.request.several else "")
 
-    def _transparent(self, p: Any, index: int, decoded: Rgba, painted: Rgb, shown: Image.Image) -> Image.Image:
+    def _transparent(self, p: Job, index: int, decoded: Rgba, painted: Rgb, shown: Image.Image) -> Image.Image:
         """The decoded picture with the edits of others, and with the original where that was not masked."""
         overlay = self._overlays.get(index)
         expected = self.host.overlaid(p, Image.fromarray(host_pixels(painted)), overlay)
@@ -253,7 +254,7 @@ class Session:
         made = dict(zip(self.method.outputs, self.images[-self.method.frames :], strict=True))
         return {layer.value: image for layer, image in (given | made).items()}
 
-    def finish(self, p: Any, processed: Any) -> None:
+    def finish(self, p: Job, processed: Processed) -> None:
         """Show the extras behind the pictures, by kind; run the rest of a chain; leave no memory behind."""
         texts = self.host.infotexts(processed)
         extras = [
@@ -278,7 +279,7 @@ class Session:
             image.info["parameters"] = text
         return outputs.mark(image, caption=EXTRAS[name].caption, infotext=text)
 
-    def _go_on(self, p: Any, processed: Any, asked: Request) -> None:
+    def _go_on(self, p: Job, processed: Processed, asked: Request) -> None:
         """Run the further steps of a chain: this job was the first."""
         runs: list[Any] = []
 

@@ -10,6 +10,7 @@ from modules import scripts
 
 from lib_layerdiffuse.methods import METHODS
 from lib_layerdiffuse.request.layers import FORM
+from lib_layerdiffuse.webui.job import Job
 
 PREFIX = "[LayerDiffuse]"
 
@@ -40,7 +41,7 @@ def add() -> None:
 def change(name: str) -> Callable[[Any, Any, Any], None]:
     """What a plot does to the job of one of its cells, a copy of its own job."""
 
-    def apply(p: Any, value: Any, values: Any) -> None:
+    def apply(p: Job, value: Any, values: Any) -> None:
         p.layerdiffuse_axes = {**getattr(p, "layerdiffuse_axes", {}), name: value}
 
     return apply

@@ -6,11 +6,11 @@ from safetensors import SafetensorError, safe_open
 
 from lib_layerdiffuse.methods import Family
 
-# Two weights that both families have: their second sizes are the channels that the UNet takes (an inpainting model has
+# Two weights that all families have: their second sizes are the channels that the UNet takes (an inpainting model has
 # more) and the width of its text context.
 FIRST_KEY = "model.diffusion_model.input_blocks.0.0.weight"
 CONTEXT_KEY = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
-FAMILIES = {(4, 768): Family.SD15, (4, 2048): Family.SDXL}
+FAMILIES = {(family.channels, family.context): family for family in Family}
 
 
 def family_of(path: Path) -> Family | None:

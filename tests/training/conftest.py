@@ -14,7 +14,7 @@ def world(tmp_path_factory):
     """Models and weight files of random numbers, as the command line expects the tiny world's."""
     import torch
 
-    from lib_layerdiffuse.methods import DECODERS, ENCODERS, METHODS, Family
+    from lib_layerdiffuse.methods import METHODS, Family
     from lib_layerdiffuse.nets.decoder import TransparentDecoder
     from lib_layerdiffuse.nets.encoder import TransparentEncoder
     from training.injection import KINDS, InjectionSettings
@@ -33,8 +33,8 @@ def world(tmp_path_factory):
     weights.mkdir()
     decoder = TransparentDecoder((8,) * 7, 2, [False] * 4 + [True] * 3, 3, 4, 4).state_dict()
     encoder = TransparentEncoder([4, *(8,) * 8, 4]).state_dict()
-    save_halves(decoder, weights / DECODERS[Family.SDXL])
-    save_halves(encoder, weights / ENCODERS[Family.SDXL])
+    save_halves(decoder, weights / Family.SDXL.decoder)
+    save_halves(encoder, weights / Family.SDXL.encoder)
     for method in METHODS:
         if not method.chain:
             pipeline = MAKERS[method.family](vae)

@@ -23,10 +23,10 @@ from pathlib import Path
 
 import torch
 
-from lib_layerdiffuse.methods import DECODERS, ENCODERS, METHODS, Family
+from lib_layerdiffuse.methods import METHODS, Family
 from training.tiny.models import SIZE
 
-PAIR = {"encoder": ENCODERS[Family.SDXL], "decoder": DECODERS[Family.SDXL]}
+PAIR = {"encoder": Family.SDXL.encoder, "decoder": Family.SDXL.decoder}
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 SHARED = {"size": SIZE, "schedule": "cosine", "warmup": 100, "workers": 2, "save_every": 500}
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lib_layerdiffuse.engine.engine import ENCODE_CHANNELS
 from lib_layerdiffuse.engine.loaded import Net
-from lib_layerdiffuse.methods import DECODERS, ENCODERS, Family
+from lib_layerdiffuse.methods import Family
 from lib_layerdiffuse.nets.decoder import TransparentDecoder
 from lib_layerdiffuse.nets.encoder import TransparentEncoder
 from lib_layerdiffuse.tensors import Latent, Rgb, Rgba
@@ -35,7 +35,7 @@ class Networks:
 
         return self._in_turn(
             TransparentDecoder,
-            DECODERS[family],
+            family.decoder,
             DECODE_CHANNELS,
             rgb,
             lambda decoder: TransparentVAE(decoder).decode(rgb, latent, passes, on_pass),
@@ -46,7 +46,7 @@ class Networks:
         """`TransparentVAE.encode`, as `decode`."""
         return self._in_turn(
             TransparentEncoder,
-            ENCODERS[family],
+            family.encoder,
             ENCODE_CHANNELS,
             rgba,
             lambda encoder: TransparentVAE(nn.Identity(), encoder).encode(rgba),  # which decodes nothing

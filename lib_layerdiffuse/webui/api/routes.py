@@ -47,8 +47,6 @@ from lib_layerdiffuse.weights.released import ASSETS, address_of
 PREFIX = "/layerdiffuse/v1"
 TITLE = "LayerDiffuse"
 
-LATENT_CHANNELS = 4
-
 LATENT_NEEDS = "a safetensors file with one tensor, in base64"
 
 # --- the routes
@@ -119,7 +117,7 @@ class Routes:
         """
         image = picture("image", body.image)
         check_cells("image", image)
-        latent = read_latent(body.latent, image)
+        latent = read_latent(body.latent, image, Family(body.family))
         rgba = self.networks.decode(body.family, over_grey(image), latent, body.passes, client.go_on)
         return PictureAnswer(image=png(to_pil(rgba[0])))
 
@@ -188,12 +186,12 @@ def picture(name: str, data: str) -> Image.Image:
         raise too_large(name) from error
 
 
-def read_latent(data: str, image: Image.Image) -> Latent:
-    """The one tensor in the file, as the latent [1, 4, H/8, W/8] of the image."""
+def read_latent(data: str, image: Image.Image, family: Family) -> Latent:
+    """The one tensor in the file, as the latent [1, C, H/8, W/8] of the image."""
     with needing("latent", LATENT_NEEDS):
         [tensor] = load(decoded(data)).values()
         latent = tensor.float()
-    expected = (LATENT_CHANNELS, image.height // LATENT_STRIDE, image.width // LATENT_STRIDE)
+    expected = (family.channels, image.height // LATENT_STRIDE, image.width // LATENT_STRIDE)
     if tuple(latent.shape) not in (expected, (1, *expected)):
         raise LayerDiffuseError(
             f"latent has the shape {list(latent.shape)}, but that of an image of {image.width}x{image.height} is "
@@ -336,7 +334,7 @@ class Examples:
     def __init__(self) -> None:
         file = "vae_transparent_encoder.safetensors"
         image = png(Image.new("RGBA", (8, 8), (32, 160, 255, 128)))
-        latent = encoded(save({"latent": torch.zeros(1, LATENT_CHANNELS, 1, 1)}))
+        latent = encoded(save({"latent": torch.zeros(1, Family.SDXL.channels, 1, 1)}))
         self.picture = {"image": image}
         self.latent = {"latent": latent}
         self.decode = {"image": image, "latent": latent, "family": "sdxl", "passes": 8}
