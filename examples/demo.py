@@ -55,10 +55,10 @@ class World:
             runner.backend.pipeline.set_progress_bar_config(disable=True)
 
     def painted(self, prompt: str, seed: int, request: Request | None = None) -> Pictures:
-        from lib_layerdiffuse.engine.runner import Job  # and with it libraries that are to be quiet by then
+        from lib_layerdiffuse.engine.runner import Task  # and with it libraries that are to be quiet by then
 
         runner = self.runners[request.method.family if request else Family.SDXL]
-        [together] = runner.run(request, Job(prompt, seed=seed, width=SIZE, height=SIZE, cfg=WORLD_CFG))
+        [together] = runner.run(request, Task(prompt, seed=seed, width=SIZE, height=SIZE, cfg=WORLD_CFG))
         return {made.layer: made.image for made in together}
 
     def transparent(self, key: str) -> list[Image.Image]:

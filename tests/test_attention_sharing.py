@@ -15,7 +15,7 @@ from lib_layerdiffuse.nets.attention_sharing import (
     LEVELS,
     AttentionSharing,
     FoldedSharing,
-    Layer,
+    SharedLayer,
     affine_of,
     attend_frames,
 )
@@ -138,7 +138,7 @@ def test_unit_equals_formulas(attention, rank, frames, weight):
     h = torch.randn(2 * frames, 5, WIDTH)
     context = torch.randn(2 * frames, 7, CONTEXT) if is_text else None
     source = h if context is None else context
-    layer = Layer(random_sharing(frames, rank=rank).units(attention)[BLOCKS[7]], host, weight, h)
+    layer = SharedLayer(random_sharing(frames, rank=rank).units(attention)[BLOCKS[7]], host, weight, h)
     expected = reference(sd, index, frames, host, h, context, weight)
     torch.testing.assert_close(layer(h, source, source), expected, rtol=1e-4, atol=1e-4)
 
@@ -152,7 +152,7 @@ def test_half_precision_stays_near_the_formulas(frames, rank, dtype, tolerance):
     host, h = HostAttention(WIDTH).to(dtype), torch.randn(2 * frames, 5, WIDTH, dtype=dtype)
     unit = AttentionSharing.from_state_dict(sd).folded().to(dtype).units("attn1")[BLOCKS[7]]
     expected = reference(sd, 7 * len(ATTENTIONS), frames, host.float(), h.float(), None, 1.0)
-    answer = Layer(unit, host.to(dtype), 1.0, h)(h, h, h)
+    answer = SharedLayer(unit, host.to(dtype), 1.0, h)(h, h, h)
     assert answer.dtype is dtype
     assert (answer.float() - expected).abs().max() <= tolerance * expected.abs().max()
 
@@ -188,7 +188,7 @@ def test_weight_0_is_the_host_s_own_attention():
     host = HostAttention(WIDTH)
     h = torch.randn(2, 5, WIDTH)
     unit = random_sharing(1).units("attn1")[BLOCKS[0]]
-    torch.testing.assert_close(Layer(unit, host, 0.0, h)(h, h, h), host(h, h, h))
+    torch.testing.assert_close(SharedLayer(unit, host, 0.0, h)(h, h, h), host(h, h, h))
 
 
 @pytest.mark.parametrize("size", [(64, 64), (72, 40), (8, 8)], ids=str)

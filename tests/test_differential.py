@@ -25,7 +25,7 @@ from lib_layerdiffuse.request.differential import (
     TITLE,
     UPLOAD,
     Change,
-    Controls,
+    ChangeFields,
     check_changes,
     labelled,
     map_tensor,
@@ -767,7 +767,7 @@ def test_any_pictures_end_in_a_map_or_a_sentence(
 
 # --- what the panel and API clients send ------------------------------------------------------------------------
 
-NAMES = [row.name for row in fields(Controls)]
+NAMES = [row.name for row in fields(ChangeFields)]
 PIXELS = np.arange(5 * 7 * 4, dtype=np.uint8).reshape(5, 7, 4)
 
 
@@ -782,7 +782,7 @@ SENT = in_base64(Image.fromarray(PIXELS))
 
 def test_order_and_defaults_are_those_clients_rely_on():
     assert ", ".join(NAMES) == "enabled, source, map_image, softness, columns"
-    assert [getattr(Controls(), name) for name in NAMES] == [False, "Uploaded map", None, 16, 5]
+    assert [getattr(ChangeFields(), name) for name in NAMES] == [False, "Uploaded map", None, 16, 5]
     assert list(SOURCES) == [UPLOAD, MASK, EDGES, INSIDE, OUTSIDE, FAN]
 
 

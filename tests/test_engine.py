@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from small_model import SCALE, SmallModel, noise_of
 from torch.nn import functional as F
 
-from lib_layerdiffuse.engine.runner import Job, Runner, Sampling, SamplingBackend
+from lib_layerdiffuse.engine.runner import Runner, Sampling, SamplingBackend, Task
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.images.rgba import from_pil, over_grey, to_pil
 from lib_layerdiffuse.injection.content import FIRST_CONV
@@ -58,8 +58,8 @@ def asked(method, **changes):
     return Request.parse([{"method": method.key, "passes": 1, **images, **changes}])
 
 
-def job(**changes):
-    return Job("a glass", steps=STEPS, sampler="Euler", **changes)
+def task(**changes):
+    return Task("a glass", steps=STEPS, sampler="Euler", **changes)
 
 
 def expected_latent(runner, method, seed, weight=1.0):
@@ -76,7 +76,7 @@ def expected_latent(runner, method, seed, weight=1.0):
 
 @pytest.mark.parametrize("method", [method for method in XL if not method.chain], ids=lambda method: method.key)
 def test_a_method_is_the_model_with_its_addition(runner, method):
-    [[made], _] = runner.run(asked(method, weight=0.5), job(seed=5, count=2))
+    [[made], _] = runner.run(asked(method, weight=0.5), task(seed=5, count=2))
     torch.testing.assert_close(made.latent, expected_latent(runner, method, 5, 0.5))
     assert made.image.mode == ("RGBA" if method.outputs == (Layer.FG,) else "RGB")
     if made.image.mode == "RGBA":
@@ -86,20 +86,20 @@ def test_a_method_is_the_model_with_its_addition(runner, method):
 
 @pytest.mark.parametrize("method", XL, ids=lambda method: method.key)
 def test_the_model_is_afterwards_as_it_was(runner, method):
-    before = runner.run(None, job())[0][0].latent
-    runner.run(asked(method), job())
-    assert torch.equal(runner.run(None, job())[0][0].latent, before)
+    before = runner.run(None, task())[0][0].latent
+    runner.run(asked(method), task())
+    assert torch.equal(runner.run(None, task())[0][0].latent, before)
 
 
 def test_a_chain_is_its_steps_each_with_the_pictures_of_those_before_it(runner):
     chain = find_method("xl_everything")
-    [together] = runner.run(asked(chain), job(seed=1))
+    [together] = runner.run(asked(chain), task(seed=1))
     images = {}
     for step, made in zip(chain.chain, together, strict=True):
         method = find_method(step.key)
         given = {f"{layer.value}_image": images[layer] for layer in method.inputs}
         alone = Request.parse([{"method": step.key, "passes": 1, "ending_step": step.stop_at, **given}])
-        [[expected]] = runner.run(alone, job(seed=1))
+        [[expected]] = runner.run(alone, task(seed=1))
         assert made.image.tobytes() == expected.image.tobytes()
         images[made.layer] = expected.image
 
@@ -114,18 +114,18 @@ def test_img2img_starts_from_the_picture_with_its_transparency_in_foregrounds_on
     starts = []
     sample = runner.backend.sample
     runner.backend.sample = lambda sampling, start: starts.append(start) or sample(sampling, start)
-    runner.run(asked(method), job(inits=[init], width=SIDE, height=SIDE, count=2))
+    runner.run(asked(method), task(inits=[init], width=SIDE, height=SIDE, count=2))
     torch.testing.assert_close(starts[0], SCALE * start.expand(2, -1, -1, -1))
 
 
 def test_a_prompt_of_a_layer_precedes_the_other(runner):
-    runner.run(asked(find_method("xl_everything"), bg_prompt="a desk"), job())
+    runner.run(asked(find_method("xl_everything"), bg_prompt="a desk"), task())
     assert runner.backend.prompts == ["a glass", "a glass", "a desk, a glass"]
 
 
 def test_a_method_for_other_models_is_refused(runner):
     with pytest.raises(LayerDiffuseError, match=r"needs a plain SD1\.5 checkpoint, but small is an SDXL checkpoint"):
-        runner.run(asked(find_method("sd15_transparent_attn")), job())
+        runner.run(asked(find_method("sd15_transparent_attn")), task())
 
 
 def test_an_addition_of_another_shape_is_refused(runner, folder, tmp_path):
@@ -133,5 +133,5 @@ def test_an_addition_of_another_shape_is_refused(runner, folder, tmp_path):
     save_file({f"{FIRST_CONV}::diff::0": torch.zeros(8, 4, 3, 3)}, tmp_path / method.weights)
     with pytest.raises(LayerDiffuseError, match="1 of its 1 additions do not fit this UNet"):
         Runner(SmallModel(), lambda file: (tmp_path if file == method.weights else folder) / file).run(
-            asked(method), job()
+            asked(method), task()
         )

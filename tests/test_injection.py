@@ -80,8 +80,8 @@ def test_attention_sharing_comes_as_it_is_computed(tmp_path):
 @pytest.mark.parametrize(
     ("method", "content", "reason"),
     [
-        (SD15, LORA, "no tensor hookers.layers.0"),
-        (SDXL, random_file(1), "expected additions to SDXL weights"),
+        (SD15, {"hookers.layers.0.to_q": torch.zeros(1)}, "no tensor hookers.layers.0"),
+        (SDXL, {"conv_in.weight": torch.zeros(1)}, "expected additions to weights of the UNet"),
         (SD15, random_file(3), "expected 1 frames for each picture, found 3"),
         (FG2BG, random_file(2), "expected 1 condition images, found 0"),
         (SD15, random_file(1, control=True), "expected 0 condition images, found 1"),
@@ -89,8 +89,8 @@ def test_attention_sharing_comes_as_it_is_computed(tmp_path):
         (FG2BLE, DIFF, "expected 1 condition images, found 0"),
     ],
     ids=[
-        "SDXL file for SD1.5",
-        "SD1.5 file for SDXL",
+        "half of attention sharing",
+        "of neither kind",
         "joint file for one layer",
         "control missing",
         "control too much",

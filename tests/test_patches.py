@@ -8,15 +8,15 @@ from torch.nn import functional as F
 
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.injection.patches import (
-    Controls,
-    Layers,
+    ControlSignals,
+    SharedLayers,
     Switch,
     add_to_rows,
     attention_patches,
     condition_patch,
     control_patches,
 )
-from lib_layerdiffuse.nets.attention_sharing import ATTENTIONS, BLOCKS, LEVELS, Layer
+from lib_layerdiffuse.nets.attention_sharing import ATTENTIONS, BLOCKS, LEVELS, SharedLayer
 from tests.test_attention_sharing import CONTEXT, WIDTH, HostAttention, random_file, random_sharing, reference
 
 NAMES = [(name, block) for name in ATTENTIONS for block in BLOCKS]
@@ -74,8 +74,8 @@ def layer(name):
 
 
 def sharing_lists(host, sharing, switch, picture=None, weight=1.0, others=()):
-    patches = attention_patches(Layers(sharing, dict.fromkeys(NAMES, host), weight, lambda: 0), switch)
-    control = [] if picture is None else control_patches(Controls(sharing, picture, weight), switch)
+    patches = attention_patches(SharedLayers(sharing, dict.fromkeys(NAMES, host), weight, lambda: 0), switch)
+    control = [] if picture is None else control_patches(ControlSignals(sharing, picture, weight), switch)
     return in_lists([*patches, *control], others)
 
 
@@ -165,7 +165,7 @@ def test_another_extension_s_attention_gets_our_q_k_and_v_of_the_whole_batch(fra
     """Perturbed attention guidance answers with v, StyleAlign mixes rows of the batch: both within a step only."""
     host, h, _ = layer("attn1")
     sharing = random_sharing(frames)
-    own = Layer(sharing.units("attn1")[("middle", 0)], host, 1.0, h)
+    own = SharedLayer(sharing.units("attn1")[("middle", 0)], host, 1.0, h)
     lists = sharing_lists(host, sharing, always())
     perturbed = run_layer(host, lists, "attn1", h, h, ("middle", 0), lambda q, k, v, extra: v.flip(0))
     torch.testing.assert_close(perturbed, own(h, h, h, lambda q, k, v: v.flip(0)))
@@ -176,10 +176,12 @@ def test_what_was_made_of_the_host_s_weights_is_made_again_when_they_change():
     """Another extension may have the host merge a LoRA in the middle of sampling."""
     host, h, _ = layer("attn1")
     sharing = random_sharing(2)
-    lists = in_lists(attention_patches(Layers(sharing, dict.fromkeys(NAMES, host), 1.0, lambda: host.loras), always()))
+    lists = in_lists(
+        attention_patches(SharedLayers(sharing, dict.fromkeys(NAMES, host), 1.0, lambda: host.loras), always())
+    )
     for host.loras in ("none", "one"):
         host.to_q.weight += 1
-        expected = Layer(sharing.units("attn1")[FIRST], host, 1.0, h)(h, h, h)
+        expected = SharedLayer(sharing.units("attn1")[FIRST], host, 1.0, h)(h, h, h)
         torch.testing.assert_close(run_layer(host, lists, "attn1", h, h, FIRST), expected)
 
 
@@ -193,7 +195,7 @@ def test_a_text_is_read_once_for_as_long_as_it_is_the_same():
     reads = []
     for latest in (text, text.clone(), text[:2], text.flip(0), text.flip(0)):
         rows = h[: len(latest)]
-        expected = Layer(sharing.units("attn2")[FIRST], host, 1.0, h)(rows, latest, latest)
+        expected = SharedLayer(sharing.units("attn2")[FIRST], host, 1.0, h)(rows, latest, latest)
         lengths.clear()
         torch.testing.assert_close(run_layer(host, lists, "attn2", rows, latest, FIRST), expected)
         reads.append(lengths.count(text.shape[1]))  # not that of one token, which the host computes
@@ -213,7 +215,7 @@ def test_another_extension_s_attention_may_write_into_what_was_read_of_a_text(fr
 def test_nothing_is_made_before_it_is_used_and_nothing_is_left_afterwards():
     host, h, _ = layer("attn1")
     sharing = random_sharing(2)
-    layers = Layers(sharing, {("attn1", FIRST): host}, 1.0, lambda: 0)
+    layers = SharedLayers(sharing, {("attn1", FIRST): host}, 1.0, lambda: 0)
     run_layer(host, in_lists(attention_patches(layers, never())), "attn1", h, h, FIRST)
     assert not layers.made
     run_layer(host, in_lists(attention_patches(layers, always())), "attn1", h, h, FIRST)
@@ -224,7 +226,7 @@ def test_nothing_is_made_before_it_is_used_and_nothing_is_left_afterwards():
 
 def test_host_computes_one_token_only_where_its_answer_is_not_used():
     sharing = random_sharing(1)
-    lists = in_lists(attention_patches(Layers(sharing, {}, 1.0, lambda: 0), always()))
+    lists = in_lists(attention_patches(SharedLayers(sharing, {}, 1.0, lambda: 0), always()))
     h = torch.randn(2, 5, WIDTH)
     lists["input_block_patch"][0](h, {})
     assert [t.shape[1] for t in lists["attn1_patch"][0](h, h, h, {"block": ("middle", 0)})] == [1, 1, 1]

@@ -16,11 +16,11 @@ from PIL import Image
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.images.rgba import ResizeMode
 from lib_layerdiffuse.methods import DEFAULT_METHOD, METHODS, Layer, Method, Step
-from lib_layerdiffuse.request.layers import AS_IN_SETTINGS, FORM, GREY_BACKGROUND, Controls, Request
+from lib_layerdiffuse.request.layers import AS_IN_SETTINGS, FORM, GREY_BACKGROUND, LayerFields, Request
 from lib_layerdiffuse.vae import PASSES
 
-NAMES = [row.name for row in fields(Controls)]
-DEFAULTS = [getattr(Controls(), name) for name in NAMES]
+NAMES = [row.name for row in fields(LayerFields)]
+DEFAULTS = [getattr(LayerFields(), name) for name in NAMES]
 SD15, SDXL, CONV = METHODS[0], METHODS[4], METHODS[5]
 CHAINED = [method for method in METHODS if method.chain]
 
@@ -594,7 +594,7 @@ OLDER = {
 
 
 def pasted(parameters: dict[str, object]) -> dict[str, object]:
-    return {field.name: FORM.pasted(field.name, parameters) for field in fields(Controls)}
+    return {field.name: FORM.pasted(field.name, parameters) for field in fields(LayerFields)}
 
 
 def test_settings_come_back_and_those_that_are_not_written_had_their_defaults() -> None:
@@ -615,7 +615,7 @@ def test_settings_come_back_and_those_that_are_not_written_had_their_defaults() 
 
 
 def test_an_ordinary_picture_switches_it_off_and_leaves_the_rest() -> None:
-    assert pasted({"Steps": "20"}) == dict.fromkeys(field.name for field in fields(Controls)) | {"enabled": False}
+    assert pasted({"Steps": "20"}) == dict.fromkeys(field.name for field in fields(LayerFields)) | {"enabled": False}
 
 
 def test_settings_that_the_older_extension_wrote_come_back() -> None:

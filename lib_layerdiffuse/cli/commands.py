@@ -53,13 +53,13 @@ def say(stream: TextIO, line: str) -> None:
 
 def generate(arguments: argparse.Namespace) -> dict[str, Any]:
     from lib_layerdiffuse.engine.diffusers import SAMPLERS
-    from lib_layerdiffuse.engine.runner import check
+    from lib_layerdiffuse.engine.runner import check_task
 
-    request, job = request_of(arguments), job_of(arguments)
-    check(job, request, SAMPLERS)
+    request, task = request_of(arguments), task_of(arguments)
+    check_task(task, request, SAMPLERS)
     check_folder(arguments.output)
     runner = open_runner(arguments, request.method.family if request else Family(arguments.family))
-    made = runner.run(request, job)
+    made = runner.run(request, task)
     pictures = [
         row | {"picture": index}
         for index, together in enumerate(made)
@@ -68,7 +68,7 @@ def generate(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "files": [row["file"] for row in pictures],
         "pictures": pictures,
-        "notes": list(dict.fromkeys(notes_of(request, made, job.sampler))),
+        "notes": list(dict.fromkeys(notes_of(request, made, task.sampler))),
     }
 
 
@@ -79,11 +79,11 @@ def request_of(arguments: argparse.Namespace) -> Request | None:
     return Request.parse([{name: value for name, value in given.items() if value is not None}])
 
 
-def job_of(arguments: argparse.Namespace) -> Any:
-    from lib_layerdiffuse.engine.runner import Job
+def task_of(arguments: argparse.Namespace) -> Any:
+    from lib_layerdiffuse.engine.runner import Task
 
     usual_cfg = USUAL_CFG if arguments.model else WORLD_CFG
-    return Job(
+    return Task(
         arguments.prompt,
         arguments.negative,
         random.randrange(USUAL_SEEDS) if arguments.seed == ANOTHER_SEED else arguments.seed,

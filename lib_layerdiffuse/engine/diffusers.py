@@ -36,15 +36,23 @@ from lib_layerdiffuse.engine.backend import BaseModel
 from lib_layerdiffuse.engine.prompts import in_chunks
 from lib_layerdiffuse.engine.runner import Sampling
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.injection.content import Injection, WeightPatch, misfit
-from lib_layerdiffuse.injection.patches import FIRST_BLOCK, Controls, Key, Layers, Switch, add_to_rows, condition_patch
+from lib_layerdiffuse.injection.content import UNSHARED, Injection, WeightPatch, misfit
+from lib_layerdiffuse.injection.patches import (
+    FIRST_BLOCK,
+    ControlSignals,
+    Key,
+    SharedLayers,
+    Switch,
+    add_to_rows,
+    condition_patch,
+)
 from lib_layerdiffuse.methods import Family
 from lib_layerdiffuse.nets.attention_sharing import ATTENTIONS, BLOCKS, FoldedSharing
 from lib_layerdiffuse.tensors import Latent, Rgb, Tokens
 from lib_layerdiffuse.vae import LATENT_STRIDE
 from lib_layerdiffuse.weights.checkpoints import family_of
 
-LOG = logging.getLogger("layerdiffuse")
+log = logging.getLogger("layerdiffuse")
 
 PIPELINES = {Family.SD15: StableDiffusionPipeline, Family.SDXL: StableDiffusionXLPipeline}
 IMG2IMG = {Family.SD15: StableDiffusionImg2ImgPipeline, Family.SDXL: StableDiffusionXLImg2ImgPipeline}
@@ -258,7 +266,7 @@ class DiffusersBackend:
             if isinstance(content, WeightPatch):
                 turn = patch_weights(self.unet, injection, content, weight)
             else:
-                turn = share(self.unet, content, weight, condition)
+                turn = share(self.unet, injection, content, weight, condition)
             # By timesteps, which are ordered as noise levels are.
             switch = Switch(inf if start == 0 else (1 - start) * steps, (1 - stop) * steps, turn, on=False)
             afterwards.callback(turn, False)
@@ -304,7 +312,7 @@ class DiffusersBackend:
         module.to(self.unet.dtype)
         yield device
         if device.type != "cpu":
-            LOG.info("out of memory: once more on the CPU")
+            log.info("out of memory: once more on the CPU")
             module.float()
             yield torch.device("cpu")
 
@@ -331,7 +339,7 @@ def loading(model: str | Path) -> Iterator[None]:
     except (ImportError, LayerDiffuseError):
         raise
     except Exception as error:
-        LOG.info("loading %s", model, exc_info=error)
+        log.info("loading %s", model, exc_info=error)
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise LayerDiffuseError(f"{model} cannot be loaded: {reason}") from error
 
@@ -383,12 +391,19 @@ def patch_weights(unet: Any, injection: Injection, patch: WeightPatch, weight: f
     return turn
 
 
-def share(unet: Any, sharing: FoldedSharing, weight: float, picture: Rgb | None) -> Callable[[bool], None]:
+def share(
+    unet: Any, injection: Injection, sharing: FoldedSharing, weight: float, picture: Rgb | None
+) -> Callable[[bool], None]:
     """What puts the units in the places of the UNet's attention layers, and the layers back."""
+    try:
+        attentions = attentions_of(unet)
+    except (AttributeError, KeyError) as error:
+        raise misfit(injection.method, UNSHARED) from error
     sharing.to(unet.device)
-    attentions = attentions_of(unet)
-    layers = Layers(sharing, {key: as_host(each) for key, each in attentions.items()}, weight, version=lambda: None)
-    controls = Controls(sharing, picture, weight)
+    layers = SharedLayers(
+        sharing, {key: as_host(each) for key, each in attentions.items()}, weight, version=lambda: None
+    )
+    controls = ControlSignals(sharing, picture, weight)
     plain = {key: each.processor for key, each in attentions.items()}
     shared = {key: SharedAttention(key, layers, controls) for key in attentions}
 
@@ -408,7 +423,7 @@ def as_host(attention: Any) -> Any:
 class SharedAttention:
     """In the place of an attention layer's processor."""
 
-    def __init__(self, key: Key, layers: Layers, controls: Controls) -> None:
+    def __init__(self, key: Key, layers: SharedLayers, controls: ControlSignals) -> None:
         self._key, self._layers, self._controls = key, layers, controls
 
     def __call__(self, attention: Any, h: Tokens, encoder_hidden_states: Tokens | None = None, **_: Any) -> Tokens:

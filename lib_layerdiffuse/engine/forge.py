@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from lib_layerdiffuse.engine.backend import BaseModel
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.injection.content import Injection, WeightPatch, misfit
+from lib_layerdiffuse.injection.content import UNSHARED, Injection, WeightPatch, misfit
 from lib_layerdiffuse.injection.patches import (
-    Controls,
-    Layers,
+    ControlSignals,
+    Key,
     Patch,
+    SharedLayers,
     Switch,
     attention_patches,
     condition_patch,
@@ -109,7 +110,8 @@ class ForgeBackend:
                 unet.lora_patches = plain
             patches = condition_patches(injection.content, condition, weight, switch)
         else:
-            patches = sharing_patches(unet, injection.content, condition, weight, switch, afterwards)
+            hosts = attentions_of(unet, injection)
+            patches = sharing_patches(unet, hosts, injection.content, condition, weight, switch, afterwards)
         add_patches(unet, patches)
         unet.add_conditioning_modifier(each_step(switch))
         # Not put back afterwards: the host drops it at its next reset (processing.py:937), and a patcher that nothing
@@ -226,16 +228,29 @@ def condition_patches(patch: WeightPatch, latents: Latent | None, weight: float,
     return [condition_patch(patch.condition, latents, weight, switch)]
 
 
+def attentions_of(unet: Any, injection: Injection) -> dict[Key, nn.Module]:
+    """The attention layers that files have units for. Raises LayerDiffuseError where it has others."""
+    try:
+        return {(name, block): getattr(transformer(unet, block), name) for name in ATTENTIONS for block in BLOCKS}
+    except (AttributeError, IndexError) as error:
+        raise misfit(injection.method, UNSHARED) from error
+
+
 def sharing_patches(
-    unet: Any, sharing: FoldedSharing, picture: Rgb | None, weight: float, switch: Switch, afterwards: ExitStack
+    unet: Any,
+    hosts: Mapping[Key, nn.Module],
+    sharing: FoldedSharing,
+    picture: Rgb | None,
+    weight: float,
+    switch: Switch,
+    afterwards: ExitStack,
 ) -> list[Patch]:
     """The units for the UNet's attention layers, which are loaded together with it."""
     unet.add_extra_model_patcher_during_sampling(patcher_of(sharing, unet.model.computation_dtype))
-    hosts = {(name, block): getattr(transformer(unet, block), name) for name in ATTENTIONS for block in BLOCKS}
     loader = unet.lora_loader
-    layers = Layers(sharing, hosts, weight, version=lambda: loader.loaded_hash)
+    layers = SharedLayers(sharing, hosts, weight, version=lambda: loader.loaded_hash)
     afterwards.callback(layers.clear)  # the patched UNet itself stays until the next job
-    control = [] if picture is None else control_patches(Controls(sharing, picture, weight), switch)
+    control = [] if picture is None else control_patches(ControlSignals(sharing, picture, weight), switch)
     return [*attention_patches(layers, switch), *control]
 
 

@@ -55,11 +55,11 @@ class LoadedWeights:
         path = self.obtain(file)
         identity = fingerprint(path)
         if identity not in self._nets:
-            self._nets[identity] = load(kind, path)
+            self._nets[identity] = load_net(kind, path)
         return self._nets[identity]
 
 
-def load(net: type[Net], path: Path) -> Net:
+def load_net(net: type[Net], path: Path) -> Net:
     """Raises LayerDiffuseError, naming the file, where it is not whole or not such a network."""
     tensors = read_tensors(path)
     try:

@@ -33,7 +33,7 @@ SEEDS = 2**64  # of torch
 
 
 @dataclass(frozen=True)
-class Job:
+class Task:
     """What is sampled, apart from what LayerDiffuse does."""
 
     prompt: str
@@ -101,21 +101,21 @@ class Runner:
         self.backend = backend
         self.engine = Engine(backend, LoadedWeights(obtain, backend.forget))
 
-    def run(self, request: Request | None, job: Job) -> list[list[Made]]:
-        """For each of the job's pictures, what belongs together. Raises LayerDiffuseError."""
+    def run(self, request: Request | None, task: Task) -> list[list[Made]]:
+        """For each of the task's pictures, what belongs together. Raises LayerDiffuseError."""
         usual = self.backend.usual_size
-        job = replace(job, width=job.width or usual, height=job.height or usual)
-        check(job, request, self.backend.samplers)
+        task = replace(task, width=task.width or usual, height=task.height or usual)
+        check_task(task, request, self.backend.samplers)
         if request is None:
-            return self._step(None, job)
+            return self._step(None, task)
         check_family(request.method, self.backend.base_model())
         if not request.method.chain:
-            return self._step(request, job)
+            return self._step(request, task)
         runs: list[list[Made]] = []
 
         def run(asked: Request, step: Step) -> list[Image.Image]:
-            sampler = sampler_for(step.avoids, job.sampler)
-            runs.append([made for [made] in self._step(asked, replace(job, sampler=sampler))])
+            sampler = sampler_for(step.avoids, task.sampler)
+            runs.append([made for [made] in self._step(asked, replace(task, sampler=sampler))])
             return [made.image for made in runs[-1]]
 
         run_chain(request, run)
@@ -142,17 +142,17 @@ class Runner:
     def _encoded(self, image: Image.Image) -> tuple[Latent, Latent]:
         return self.engine.encode(self.vae, from_pil(image.convert("RGBA"))[None])
 
-    def _step(self, request: Request | None, job: Job) -> list[list[Made]]:
+    def _step(self, request: Request | None, task: Task) -> list[list[Made]]:
         outputs: Sequence[Layer | None] = request.method.outputs if request else (None,)
-        layers = list(outputs) * job.count
+        layers = list(outputs) * task.count
         words = words_before(request) if request else [""]
-        prompts = [", ".join(filter(None, [text, job.prompt])) for text in words] * job.count
-        seeds = range(job.seed, job.seed + len(prompts))
+        prompts = [", ".join(filter(None, [text, task.prompt])) for text in words] * task.count
+        seeds = range(task.seed, task.seed + len(prompts))
         sampling = Sampling(
-            prompts, seeds, job.negative, job.width, job.height, job.steps, job.cfg, job.sampler, job.strength
+            prompts, seeds, task.negative, task.width, task.height, task.steps, task.cfg, task.sampler, task.strength
         )
-        start = self._start(job, layers, len(outputs)) if job.inits else None
-        with self._injected(request, job):
+        start = self._start(task, layers, len(outputs)) if task.inits else None
+        with self._injected(request, task):
             latents = self.backend.vae_latent(self.backend.sample(sampling, start))
         passes = (request.passes if request else 0) or MOST_PASSES
         made = [self._made(*row, passes) for row in zip(latents.split(1), layers, seeds)]
@@ -165,64 +165,64 @@ class Runner:
         image = to_pil(self.decode(latent, painted, passes)[0]) if layer is Layer.FG else opaque
         return Made(image, opaque, layer, latent, seed)
 
-    def _start(self, job: Job, layers: Sequence[Layer | None], frames: int) -> Latent:
+    def _start(self, task: Task, layers: Sequence[Layer | None], frames: int) -> Latent:
         """What the rows of img2img start from, in sampler space."""
-        fitted = [fit(image, ResizeMode.CROP_AND_RESIZE, job.width, job.height) for image in job.inits]
+        fitted = [fit(image, ResizeMode.CROP_AND_RESIZE, task.width, task.height) for image in task.inits]
         encode = self._encoded if Layer.FG in layers else lambda image: self.engine.posterior(over_grey(image))[:1]
         encoded = [encode(image) for image in fitted]
         return self.engine.start(encoded, layers, frames)
 
-    def _injected(self, request: Request | None, job: Job) -> AbstractContextManager[None]:
+    def _injected(self, request: Request | None, task: Task) -> AbstractContextManager[None]:
         if request is None:
             return nullcontext()
         injection = self.engine.injection(request)
-        return self.engine.inject(request, injection, lambda: self._condition(request, injection, job))
+        return self.engine.inject(request, injection, lambda: self._condition(request, injection, task))
 
-    def _condition(self, request: Request, injection: Injection | None, job: Job) -> Tensor | None:
+    def _condition(self, request: Request, injection: Injection | None, task: Task) -> Tensor | None:
         """What the injection reads of the images given, one for all pictures or one for each."""
         given = [request.images[layer] for layer in request.method.inputs]
         if not given or injection is None:
             return None
 
         def pixels(images: Sequence[Image.Image]) -> Rgb:
-            return torch.cat([over_grey(fit(image, request.resize_mode, job.width, job.height)) for image in images])
+            return torch.cat([over_grey(fit(image, request.resize_mode, task.width, task.height)) for image in images])
 
         return self.engine.condition(injection, [pixels(images) for images in given])
 
 
-def check(job: Job, request: Request | None, samplers: Collection[str]) -> None:
-    """Raises LayerDiffuseError where a job cannot be sampled, as far as can be said without the model."""
-    for problem in problems(job, request, samplers):
+def check_task(task: Task, request: Request | None, samplers: Collection[str]) -> None:
+    """Raises LayerDiffuseError where a task cannot be sampled, as far as can be said without the model."""
+    for problem in problems(task, request, samplers):
         raise LayerDiffuseError(problem)
 
 
-def problems(job: Job, request: Request | None, samplers: Collection[str]) -> Iterator[str]:
-    rows = job.count * (request.method.frames if request else 1)
-    for name, side in (("width", job.width), ("height", job.height)):
+def problems(task: Task, request: Request | None, samplers: Collection[str]) -> Iterator[str]:
+    rows = task.count * (request.method.frames if request else 1)
+    for name, side in (("width", task.width), ("height", task.height)):
         if side and (side < SMALLEST or side % LATENT_STRIDE):
             yield f"The {name} is {side}. Choose one from {SMALLEST} that {LATENT_STRIDE} divides."
-    if job.count < 1 or job.steps < 1:
-        yield f"{job.count} pictures of {job.steps} steps were asked for. Choose at least one of each."
-    if job.steps > MOST_STEPS:
-        yield f"{job.steps} steps were asked for. Choose at most {MOST_STEPS}."
-    if (pixels := rows * (job.width or SMALLEST) * (job.height or SMALLEST)) > MAX_PIXELS:
+    if task.count < 1 or task.steps < 1:
+        yield f"{task.count} pictures of {task.steps} steps were asked for. Choose at least one of each."
+    if task.steps > MOST_STEPS:
+        yield f"{task.steps} steps were asked for. Choose at most {MOST_STEPS}."
+    if (pixels := rows * (task.width or SMALLEST) * (task.height or SMALLEST)) > MAX_PIXELS:
         yield f"All pictures have {pixels:,} pixels, and {MAX_PIXELS:,} is the limit. Choose a smaller size or count."
-    if not 0 <= job.seed <= SEEDS - rows:
-        yield f"The seed is {job.seed}. Choose one from 0 to {SEEDS - rows}."
-    if not isfinite(job.cfg):
-        yield f"The CFG scale is {job.cfg}. Choose a number such as 7."
-    if job.sampler not in samplers:
-        yield f"There is no sampler {job.sampler}. Choose one of {', '.join(samplers)}."
-    if not 0 < job.strength <= 1:
-        yield f"The strength is {job.strength:g}. Choose one above 0, up to 1."
-    if job.inits and job.steps * job.strength < 1:
+    if not 0 <= task.seed <= SEEDS - rows:
+        yield f"The seed is {task.seed}. Choose one from 0 to {SEEDS - rows}."
+    if not isfinite(task.cfg):
+        yield f"The CFG scale is {task.cfg}. Choose a number such as 7."
+    if task.sampler not in samplers:
+        yield f"There is no sampler {task.sampler}. Choose one of {', '.join(samplers)}."
+    if not 0 < task.strength <= 1:
+        yield f"The strength is {task.strength:g}. Choose one above 0, up to 1."
+    if task.inits and task.steps * task.strength < 1:
         yield (
-            f"A strength of {job.strength:g} leaves none of {job.steps} steps. Choose a strength of at least "
-            f"{1 / job.steps:.2g}, or at least {ceil(1 / job.strength)} steps."
+            f"A strength of {task.strength:g} leaves none of {task.steps} steps. Choose a strength of at least "
+            f"{1 / task.steps:.2g}, or at least {ceil(1 / task.strength)} steps."
         )
-    if job.inits and request and request.method.chain:
+    if task.inits and request and request.method.chain:
         yield f"{request.method.label} runs several methods, which cannot start from a picture."
-    for words in (job.prompt, job.negative):
+    for words in (task.prompt, task.negative):
         if any("\ud800" <= letter <= "\udfff" for letter in words):
             yield f"The prompt {shortened(words)} is not text in UTF-8. Write it anew."
 

@@ -103,6 +103,9 @@ def load_injection(method: Method, path: Path) -> Injection:
     return Injection(method, fingerprint(path), content)
 
 
+UNSHARED = "it shares attention between layers of SD1.5, which this UNet does not have"
+
+
 def misfit(method: Method, reason: str) -> LayerDiffuseError:
     """The sentence for a file that is whole but cannot serve."""
     return LayerDiffuseError(f"{method.weights} is not the weight file of {method.label}: {reason}. {REPLACE}")

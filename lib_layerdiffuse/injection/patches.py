@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lib_layerdiffuse.errors import LayerDiffuseError
-from lib_layerdiffuse.nets.attention_sharing import ATTENTIONS, LEVELS, FoldedSharing, FoldedUnit, Layer
+from lib_layerdiffuse.nets.attention_sharing import ATTENTIONS, LEVELS, FoldedSharing, FoldedUnit, SharedLayer
 from lib_layerdiffuse.tensors import Latent, Rgb, Tokens
 
 Block = tuple[str, int]
@@ -76,7 +76,7 @@ def condition_patch(weights: Tensor, latents: Latent, weight: float, switch: Swi
     return Patch("input_block_patch", patch)
 
 
-class Controls:
+class ControlSignals:
     """The control signals of a condition image, each made when it is first asked for.
 
     picture: [b, 3, H, W], one for all pictures or one for each; None where there is nothing to go by.
@@ -99,7 +99,7 @@ class Controls:
         return self._made[key]
 
 
-def control_patches(controls: Controls, switch: Switch) -> list[Patch]:
+def control_patches(controls: ControlSignals, switch: Switch) -> list[Patch]:
     """What adds the control signals to the hidden states before any other patch, and to the answer after all others.
 
     Outermost, unlike the rest: where other extensions merge tokens in between, they still are as many as the signal's.
@@ -132,7 +132,7 @@ def units_of(sharing: FoldedSharing) -> dict[Key, FoldedUnit]:
     return {(name, block): unit for name in ATTENTIONS for block, unit in sharing.units(name).items()}
 
 
-class Layers:
+class SharedLayers:
     """The units on the UNet's own attention layers, each made when it is first called.
 
     hosts: the UNet's attention modules. version: changes with their weights, LoRAs included; layers are then made anew.
@@ -145,14 +145,14 @@ class Layers:
         self._hosts = hosts
         self._weight = weight
         self._version = version
-        self.made: dict[Key, Layer] = {}
+        self.made: dict[Key, SharedLayer] = {}
         self._made_of: object = None
         self._text: Tokens | None = None
         self._latest: Tokens | None = None
 
-    def at(self, key: Key, like: Tokens) -> Layer:
+    def at(self, key: Key, like: Tokens) -> SharedLayer:
         if key not in self.made:
-            self.made[key] = Layer(self.units[key], self._hosts[key], self._weight, like)
+            self.made[key] = SharedLayer(self.units[key], self._hosts[key], self._weight, like)
         return self.made[key]
 
     def text(self, latest: Tokens) -> Tokens:
@@ -192,7 +192,7 @@ def tiles_of(h: Tokens, context: Tokens, frames: int) -> tuple[Callable[[Tokens]
     return apart, together
 
 
-def attention_patches(layers: Layers, switch: Switch) -> list[Patch]:
+def attention_patches(layers: SharedLayers, switch: Switch) -> list[Patch]:
     """What puts the units into a UNet.
 
     They nest innermost, as a module would: last before the attention, first after it. The host computes its own

@@ -323,7 +323,7 @@ class FoldedUnit(nn.Module):
         return applied(self.temporal_o, y)
 
 
-class Layer:
+class SharedLayer:
     """A unit in the place of an attention layer of the UNet.
 
     host: that layer's module (`to_q`, `to_k`, `to_v`, `to_out`, `heads`), as it is now.

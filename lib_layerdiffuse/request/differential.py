@@ -17,7 +17,7 @@ from torch import Tensor
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.images.rgba import content_hash
 from lib_layerdiffuse.methods import listed
-from lib_layerdiffuse.request.form import IMAGE_NEEDS, Form, control, flag, image, number, whole
+from lib_layerdiffuse.request.form import IMAGE_NEEDS, Form, control, flag, image, integer, number
 
 TITLE = "Differential Diffusion"
 HALF_A_LEVEL = 0.5 / 255  # of the 256 that a map has
@@ -105,7 +105,7 @@ def _source(raw: object) -> str:
 
 
 @dataclass(frozen=True)
-class Controls:
+class ChangeFields:
     """Raw values, as the panel and the API send them; the order of the fields is the order of both."""
 
     enabled: object = control("Enable", False, flag, "true or false")
@@ -135,14 +135,14 @@ class Controls:
     columns: object = control(
         "Columns",
         5,
-        whole(2, 16),
+        integer(2, 16),
         "a whole number from 2 to 16",
         infotext=f"{TITLE} columns",
         hint="How many strengths there are side by side.",
     )
 
 
-FORM = Form(TITLE, Controls, {}, {})
+FORM = Form(TITLE, ChangeFields, {}, {})
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def number(low: float, high: float) -> Callable[[Any], float]:
     return parse
 
 
-def whole(low: int, high: int) -> Callable[[Any], int]:
+def integer(low: int, high: int) -> Callable[[Any], int]:
     def parse(raw: Any) -> int:
         value = number(low, high)(raw)
         if value % 1:
@@ -44,7 +44,7 @@ def whole(low: int, high: int) -> Callable[[Any], int]:
 
 def one_of(*choices: int) -> Callable[[Any], int]:
     def parse(raw: Any) -> int:
-        value = whole(min(choices), max(choices))(raw)
+        value = integer(min(choices), max(choices))(raw)
         if value not in choices:
             raise ValueError(raw)
         return value

@@ -21,7 +21,7 @@ def _passes(raw: object) -> int:
 
 
 @dataclass(frozen=True)
-class Controls:
+class LayerFields:
     """Raw values, as the panel and the API send them; the order of the fields is the order of both."""
 
     enabled: object = control("Enable", False, flag, "true or false")
@@ -132,7 +132,7 @@ class Controls:
 
 FORM = Form(
     "LayerDiffuse",
-    Controls,
+    LayerFields,
     {"start_at": "starting_step", "stop_at": "ending_step", "gray_background": "grey_background"},
     {  # as the older extension wrote them
         "layerdiffusion_method": "LayerDiffuse method",

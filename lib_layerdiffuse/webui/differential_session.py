@@ -19,7 +19,7 @@ from lib_layerdiffuse.request.differential import (
     union,
 )
 from lib_layerdiffuse.tensors import Latent
-from lib_layerdiffuse.webui.host import Host, check_mask, seen, whole
+from lib_layerdiffuse.webui.host import Host, check_mask, init_picture, seen
 from lib_layerdiffuse.webui.job import Job, Processed
 from lib_layerdiffuse.webui.outputs import is_marked, on_checkerboard
 
@@ -32,7 +32,7 @@ class ChangeSession:
         self.host = host
         self.change = change
         mask = host.mask(p)
-        self.maps = [change.map(whole(image), mask) for image in host.init_images(p)]
+        self.maps = [change.map(init_picture(image), mask) for image in host.init_images(p)]
         self.steps = host.steps(p)
         self.masks = [overlay_mask(each, self.steps) for each in self.maps]
         host.set_mask(p, union(self.masks))

@@ -217,7 +217,7 @@ def whole_cells(image: Image.Image) -> Image.Image:
     return image.crop((0, 0, width, height))
 
 
-def whole(init: Image.Image) -> Image.Image:
+def init_picture(init: Image.Image) -> Image.Image:
     """A picture that img2img starts from, as RGBA. Hosts open files without reading them to their end."""
     try:
         return read_image(init).convert("RGBA")

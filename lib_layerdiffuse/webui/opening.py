@@ -12,7 +12,7 @@ from lib_layerdiffuse.images.rgba import fit, flattened
 from lib_layerdiffuse.methods import Method, needed_files
 from lib_layerdiffuse.request.advice import notes
 from lib_layerdiffuse.request.layers import Request
-from lib_layerdiffuse.webui.host import Host, check_mask, whole, whole_cells
+from lib_layerdiffuse.webui.host import Host, check_mask, init_picture, whole_cells
 from lib_layerdiffuse.webui.job import Job
 from lib_layerdiffuse.webui.session import Session
 
@@ -21,7 +21,7 @@ SWITCH_OFF = "switch LayerDiffuse off"
 
 def open_session(host: Host, engine: Engine, p: Job, request: Request) -> Session:
     """Raises LayerDiffuseError."""
-    check(host, p, request.method)
+    check_method(host, p, request.method)
     inits = flatten_inits(host, p)
     host.flatten_mask(p)
     host.flatten_upscaled(p, flattened)
@@ -39,7 +39,7 @@ def open_session(host: Host, engine: Engine, p: Job, request: Request) -> Sessio
 
 def flatten_inits(host: Host, p: Job) -> list[Image.Image]:
     """The pictures that img2img starts from, as RGBA; the host gets what is opaque of them."""
-    inits = [whole(image) for image in distinct(host.init_images(p))]
+    inits = [init_picture(image) for image in distinct(host.init_images(p))]
     if not inits:
         return []
     mode = host.init_mode(p)
@@ -51,7 +51,7 @@ def flatten_inits(host: Host, p: Job) -> list[Image.Image]:
     return inits
 
 
-def check(host: Host, p: Job, method: Method) -> None:
+def check_method(host: Host, p: Job, method: Method) -> None:
     """Raises LayerDiffuseError where the method does not go with the job."""
     check_family(method, host.backend.base_model())
     if method.frames > 1 and host.upscales(p):

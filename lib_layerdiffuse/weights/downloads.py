@@ -20,7 +20,7 @@ log = logging.getLogger("layerdiffuse")
 
 INTERVAL = 0.2  # seconds between two looks at a download that is waited for
 
-Report = Callable[[str, float], None]  # what is going on, and the fraction done; may raise to interrupt
+Progress = Callable[[str, float], None]  # what is going on, and the fraction done; may raise to interrupt
 
 
 class State(str, Enum):
@@ -92,7 +92,7 @@ class Downloads:
                 run.stop()
         return self.status(file)
 
-    def obtain(self, file: str, report: Report) -> Path:
+    def obtain(self, file: str, report: Progress) -> Path:
         """Wait until the file is here, downloaded first where it is missing.
 
         report: hears of the progress, and ends the wait by raising; then the download ends too, unless somebody else
@@ -116,7 +116,7 @@ class Downloads:
             return path
         raise LayerDiffuseError(run.error or f"The download of {file} was cancelled. The next one goes on from there.")
 
-    def _compare(self, path: Path, report: Report) -> None:
+    def _compare(self, path: Path, report: Progress) -> None:
         """Once for each file: a warning where it is not what was released."""
         identity = fingerprint(path)
         with self._lock:

@@ -20,7 +20,7 @@ from lib_layerdiffuse.tensors import StateDict
 from lib_layerdiffuse.weights.precision import uniform
 from lib_layerdiffuse.weights.released import ASSETS, MB, address_of
 
-LOG = logging.getLogger("layerdiffuse")
+log = logging.getLogger("layerdiffuse")
 
 HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 READ = 1 << 22  # bytes at a time, of a file that is here
@@ -43,7 +43,7 @@ def read_tensors(path: Path) -> StateDict:
         raise LayerDiffuseError(f"{path} cannot be used: {error}. {_replace(path)}") from error
     except (OSError, SafetensorError) as error:
         raise LayerDiffuseError(f"{path} cannot be read: {error}. {_replace(path)}") from error
-    LOG.info("read %s (%.0f MB, %.1f s)", path.name, size_of(path) / MB, time.perf_counter() - started)
+    log.info("read %s (%.0f MB, %.1f s)", path.name, size_of(path) / MB, time.perf_counter() - started)
     return tensors
 
 
@@ -109,7 +109,7 @@ def compare(path: Path, report: Report) -> None:
 
 def warn_of(path: Path) -> None:
     """A warning and no refusal: the hashes are from one source, and somebody may have trained the file further."""
-    LOG.warning(
+    log.warning(
         "%s has other bytes than the released file: it is somebody's own, or damaged. Where the pictures are wrong, "
         "delete it: the next run downloads it again. The right one has the SHA-256 %s.",
         path,

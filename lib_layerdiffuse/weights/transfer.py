@@ -24,7 +24,7 @@ from lib_layerdiffuse.weights.files import Report, promised_size, sha256_of, siz
 from lib_layerdiffuse.weights.part import LeftError, Part, strong
 from lib_layerdiffuse.weights.released import MB, REVISION, Asset, address_of, endpoint
 
-LOG = logging.getLogger("layerdiffuse")
+log = logging.getLogger("layerdiffuse")
 
 HEADERS = {"User-Agent": "sd-forge-layerdiffuse", "Accept-Encoding": "identity"}
 TIMEOUT = 30  # seconds without a byte
@@ -87,7 +87,7 @@ class Transfer:
 
     def _fetched(self) -> Path:
         """In a second attempt, where the first was pieced together of what does not belong together."""
-        LOG.info("downloading %s into %s", address_of(self._asset.file), self._folder)
+        log.info("downloading %s into %s", address_of(self._asset.file), self._folder)
         for _ in range(2):
             self._receive_all()
             right = self._right()
@@ -216,7 +216,7 @@ class Transfer:
 
     def _say(self, note: str) -> None:
         self.note = note
-        LOG.warning("%s: %s", self._asset.file, note)
+        log.warning("%s: %s", self._asset.file, note)
 
     def _wait(self, seconds: float) -> None:
         self._tell(size_of(self._part.path))

@@ -194,6 +194,19 @@ def test_weights_of_another_unet_are_refused_before_anything_changes(tmp_path):
         pass
 
 
+@pytest.mark.parametrize(("method", "other", "reason"), [
+    ("xl_transparent_attn", "sd15_transparent_attn", "shares attention between layers of SD1.5"),
+    ("sd15_transparent_attn", "xl_transparent_attn", "additions do not fit this UNet"),
+])  # fmt: skip
+def test_a_file_of_the_other_kind_is_refused(tmp_path, method, other, reason):
+    method, other = find_method(method), find_method(other)
+    save_halves(dict(trained(other, pipeline_of(other.family)).tensors()), tmp_path / method.weights)
+    injection = load_injection(method, tmp_path / method.weights)
+    injected = DiffusersBackend(pipeline_of(method.family)).inject(injection, 1.0, 0.0, 1.0, None)
+    with pytest.raises(LayerDiffuseError, match=f"is not the weight file of .*{reason}"), injected:
+        pass
+
+
 def test_the_vae_is_in_single_precision_whatever_the_unet_is():
     pipeline = pipeline_of(Family.SDXL)
     pipeline.to(torch.bfloat16)

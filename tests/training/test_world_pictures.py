@@ -14,7 +14,7 @@ from PIL import Image
 from lib_layerdiffuse.__main__ import main
 from lib_layerdiffuse.cli.metrics import psnr
 from lib_layerdiffuse.cli.models import WORLD_CFG
-from lib_layerdiffuse.engine.runner import Job
+from lib_layerdiffuse.engine.runner import Task
 from lib_layerdiffuse.images.rgba import from_pil, over
 from lib_layerdiffuse.methods import Layer, find_method
 from lib_layerdiffuse.request.layers import Request
@@ -31,8 +31,8 @@ ALONE = ("sd15_transparent_attn", "xl_transparent_attn", "xl_transparent_conv")
 def generated(key, prompt, seed, **more):
     """What belongs together of one picture. more: of the request, where it can be compared."""
     request = Request.parse([{"method": key, "passes": 1, **more}])
-    job = Job(prompt, seed=seed, width=SIZE, height=SIZE, steps=STEPS, cfg=WORLD_CFG)
-    [together] = runner_of(find_method(key).family).run(request, job)
+    task = Task(prompt, seed=seed, width=SIZE, height=SIZE, steps=STEPS, cfg=WORLD_CFG)
+    [together] = runner_of(find_method(key).family).run(request, task)
     return together
 
 
@@ -143,8 +143,8 @@ def layered(key, index):
     given = {layer: to_image(pictures[layer]) for layer in method.inputs}
     asked |= {f"{layer.value}_image": image for layer, image in given.items()}
     request = Request.parse([{"method": key, "passes": 1, **asked}])
-    job = Job("", seed=100 + index, width=SIZE, height=SIZE, steps=STEPS, cfg=WORLD_CFG)
-    [together] = runner_of(method.family).run(request, job)
+    task = Task("", seed=100 + index, width=SIZE, height=SIZE, steps=STEPS, cfg=WORLD_CFG)
+    [together] = runner_of(method.family).run(request, task)
     return {each.layer: each.image for each in together} | given
 
 
