@@ -17,10 +17,10 @@ from PIL import Image, ImageDraw
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also from a checkout that is not installed
 
 from lib_layerdiffuse.cli.models import WORLD_CFG, open_world, quieten
+from lib_layerdiffuse.images.extras import on_checkerboard
 from lib_layerdiffuse.images.rgba import over
 from lib_layerdiffuse.methods import Family, Layer, find_method
 from lib_layerdiffuse.request.layers import Request
-from lib_layerdiffuse.webui.outputs import on_checkerboard
 
 SIZE = 128
 MARGIN, LINE = 8, 16  # pixels

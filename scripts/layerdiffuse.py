@@ -10,6 +10,7 @@ import torch
 from modules import script_callbacks, scripts
 
 from lib_layerdiffuse.errors import LayerDiffuseError
+from lib_layerdiffuse.images.extras import EXTRAS
 from lib_layerdiffuse.request import differential, layers
 from lib_layerdiffuse.request.differential import Change
 from lib_layerdiffuse.request.layers import Request
@@ -199,7 +200,7 @@ def after_saved(params: Any) -> None:
     if picture := outputs.picture_of(params.image):
         path = Path(params.image.already_saved_as)  # where a file of that name was kept, this one has another
         for name, image in picture.extras.items():
-            extension = host.option("samples_format") if outputs.EXTRAS[name].lossy else "png"
+            extension = host.option("samples_format") if EXTRAS[name].lossy else "png"
             text = outputs.text_of_extra(infotext_of(params), name)
             host.save_beside(params.p, image, path, f"-{name}", extension, text)
 

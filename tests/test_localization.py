@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from lib_layerdiffuse.images.extras import EXTRAS
 from lib_layerdiffuse.images.rgba import ResizeMode
 from lib_layerdiffuse.methods import METHODS, Family
 from lib_layerdiffuse.request import differential, layers
-from lib_layerdiffuse.webui.outputs import EXTRAS
 from lib_layerdiffuse.webui.status_line import forecast
 from lib_layerdiffuse.weights.downloads import State, Status
 from lib_layerdiffuse.weights.released import ASSETS

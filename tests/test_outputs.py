@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lib_layerdiffuse.images.rgba import over, over_grey, to_pil
+from lib_layerdiffuse.images.extras import EXTRAS, OPAQUE, RGBA, make_extras
+from lib_layerdiffuse.images.rgba import alpha_range, has_alpha, over, over_grey, to_pil
 from lib_layerdiffuse.webui import outputs
 
 
@@ -106,8 +107,8 @@ def test_placed_takes_the_middle_where_the_region_has_another_shape():
 
 
 SOURCES = {
-    outputs.RGBA: solid("RGBA", (200, 0, 0, 128)),
-    outputs.OPAQUE: solid("RGB", (1, 2, 3)),
+    RGBA: solid("RGBA", (200, 0, 0, 128)),
+    OPAQUE: solid("RGB", (1, 2, 3)),
     "fg": solid("RGBA", (0, 90, 0, 77)),
     "bg": solid("RGB", (250, 11, 4)),
     "blend": solid("RGB", (5, 5, 5)),
@@ -131,19 +132,19 @@ SOURCES = {
     ids=" ".join,
 )
 def test_extras_are_made_of_what_is_there_in_the_order_of_the_table(there, made):
-    wanted = list(reversed(outputs.EXTRAS))
-    assert list(outputs.make_extras({name: SOURCES[name] for name in there}, wanted)) == made
+    wanted = list(reversed(EXTRAS))
+    assert list(make_extras({name: SOURCES[name] for name in there}, wanted)) == made
 
 
 def test_only_what_is_wanted_is_made():
-    for name in outputs.EXTRAS:
-        assert list(outputs.make_extras(SOURCES, ["no such extra", name])) == [name]
-    assert outputs.make_extras(SOURCES, []) == {}
+    for name in EXTRAS:
+        assert list(make_extras(SOURCES, ["no such extra", name])) == [name]
+    assert make_extras(SOURCES, []) == {}
 
 
 def test_extras_show_what_they_say():
-    extras = outputs.make_extras(SOURCES, outputs.EXTRAS)
-    assert extras["opaque"] is SOURCES[outputs.OPAQUE]
+    extras = make_extras(SOURCES, EXTRAS)
+    assert extras["opaque"] is SOURCES[OPAQUE]
     assert extras["mask"].mode == "L"
     assert extras["mask"].getpixel((0, 0)) == 128
     red, green, _ = extras["preview"].getpixel((0, 0))
@@ -153,11 +154,11 @@ def test_extras_show_what_they_say():
     assert extras["composed"].getpixel((0, 0)) == (175, 35, 3)  # 77 of 255 parts of the one, the rest of the other
 
 
-@pytest.mark.parametrize("name", outputs.EXTRAS)
+@pytest.mark.parametrize("name", EXTRAS)
 def test_jpg_may_hold_only_opaque_pictures(name):
-    if outputs.EXTRAS[name].lossy:
-        assert outputs.make_extras(SOURCES, [name])[name].mode == "RGB"
-    assert outputs.EXTRAS["mask"].lossy is False  # an alpha is data, not a picture
+    if EXTRAS[name].lossy:
+        assert make_extras(SOURCES, [name])[name].mode == "RGB"
+    assert EXTRAS["mask"].lossy is False  # an alpha is data, not a picture
 
 
 def with_alphas(*alphas) -> Image.Image:
@@ -179,16 +180,16 @@ def with_alphas(*alphas) -> Image.Image:
     ],
 )
 def test_alpha_range(image, expected):
-    assert outputs.alpha_range(image) == expected
-    assert outputs.has_alpha(image) is (expected != (255, 255))
+    assert alpha_range(image) == expected
+    assert has_alpha(image) is (expected != (255, 255))
 
 
 @pytest.mark.parametrize(("mode", "entry"), [("P", 0), ("L", 0), ("RGB", (0, 0, 0))])
 def test_a_transparent_colour_beside_the_pixels_is_alpha(mode, entry):
     image = solid(mode, entry)
     image.info["transparency"] = entry
-    assert outputs.alpha_range(image) == (0, 0)
-    assert outputs.has_alpha(image)
+    assert alpha_range(image) == (0, 0)
+    assert has_alpha(image)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +206,7 @@ def test_named(path, ending, expected):
 
 
 ENDINGS = ["", "-fg", "-bg", "-blend"]
-NAMES_OF_EXTRAS = [f"-{name}" for name in outputs.EXTRAS]
+NAMES_OF_EXTRAS = [f"-{name}" for name in EXTRAS]
 
 
 @pytest.mark.parametrize("length", range(20, 70))

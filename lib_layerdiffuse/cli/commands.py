@@ -18,13 +18,12 @@ from lib_layerdiffuse.cli.files import FOR_OPAQUE, LOSSLESS, check_folder, check
 from lib_layerdiffuse.cli.models import USUAL_CFG, WORLD_CFG, open_runner, quieten
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.images.reading import read_file
-from lib_layerdiffuse.images.rgba import from_pil, over, to_pil
+from lib_layerdiffuse.images.rgba import from_pil, has_alpha, over, to_pil
 from lib_layerdiffuse.methods import Family, Layer
 from lib_layerdiffuse.request.advice import alpha_note, notes
 from lib_layerdiffuse.request.layers import Request
 from lib_layerdiffuse.tensors import Latent, Rgb
 from lib_layerdiffuse.vae import LATENT_STRIDE
-from lib_layerdiffuse.webui.outputs import has_alpha
 
 ANOTHER_SEED = -1  # as web UIs ask for it
 USUAL_SEEDS = 2**32  # of web UIs

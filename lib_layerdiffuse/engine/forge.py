@@ -74,8 +74,8 @@ class ForgeBackend:
         # Not the VAE's regulation, which its tiled mode leaves out (backend/patcher/vae.py:118).
         vae.first_stage_model = SimpleNamespace(encode=lambda pixels, regulation=None: encode(pixels, parameters_of))
         vae.latent_channels *= 2
-        mean, deviation = vae.encode(rgb.movedim(1, -1)).chunk(2, dim=1)
-        return mean, deviation
+        mean, std = vae.encode(rgb.movedim(1, -1)).chunk(2, dim=1)
+        return mean, std
 
     def sampler_latent(self, vae_latent: Latent) -> Latent:
         return self._model.forge_objects.vae.first_stage_model.process_in(vae_latent)
@@ -262,7 +262,7 @@ def add_patches(unet: Any, patches: Sequence[Patch]) -> None:
 
 
 def parameters_of(posterior: Any) -> Tensor:
-    """A regulation of the host's VAE: both mean and deviation instead of a sample."""
+    """A regulation of the host's VAE: both mean and std instead of a sample."""
     return torch.cat([posterior.mean, posterior.std], dim=1)
 
 

@@ -160,6 +160,17 @@ def from_pil(image: Image.Image) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 
+def has_alpha(image: Image.Image) -> bool:
+    """Whether any pixel of the image is not opaque."""
+    return alpha_range(image) != (255, 255)
+
+
+def alpha_range(image: Image.Image) -> tuple[int, int]:
+    """Lowest and highest alpha of an image of any mode."""
+    lowest, highest = image.convert("RGBA").getchannel("A").getextrema()
+    return lowest, highest  # type: ignore[return-value]  # of one channel
+
+
 def content_hash(image: Image.Image) -> str:
     """Ten digits that are the same for the same pixels, whatever file they came in."""
     rgba = image.convert("RGBA")

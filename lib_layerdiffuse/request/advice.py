@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
+from lib_layerdiffuse.images.rgba import alpha_range
 from lib_layerdiffuse.methods import Layer
 from lib_layerdiffuse.request.layers import Request
-from lib_layerdiffuse.webui.outputs import alpha_range
 
 ALPHA_NOTES = {  # by the lowest and the highest alpha of a foreground
     (255, 255): "The foreground image has no transparency: it covers the whole picture.",

@@ -7,6 +7,7 @@ from functools import partial
 
 from PIL import Image, ImageOps
 
+from lib_layerdiffuse.images.extras import on_checkerboard
 from lib_layerdiffuse.images.rgba import ResizeMode, fit
 from lib_layerdiffuse.request.differential import (
     TITLE,
@@ -21,7 +22,7 @@ from lib_layerdiffuse.request.differential import (
 from lib_layerdiffuse.tensors import Latent
 from lib_layerdiffuse.webui.host import Host, check_mask, init_picture, seen
 from lib_layerdiffuse.webui.job import Job, Processed
-from lib_layerdiffuse.webui.outputs import is_marked, on_checkerboard
+from lib_layerdiffuse.webui.outputs import is_marked
 
 
 class ChangeSession:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lib_layerdiffuse.images.extras import EXTRAS
 from lib_layerdiffuse.images.rgba import (
     GREY,
     SMALLEST_ALPHA,
     Box,
     ResizeMode,
-    checkerboard,
     fit,
     flattened,
     from_pil,
-    over,
     to_pil,
 )
 from lib_layerdiffuse.methods import Layer
@@ -41,49 +40,8 @@ class Picture:
     name: str = ""  # what its file's name ends with, where other pictures belong to it
 
 
-RGBA, OPAQUE = "rgba", "opaque"  # a decoded picture, and what it was decoded from
-
 # What an infotext says of a picture: its layer, where several belong together, and which of the extras it is.
 LAYER_KEY, EXTRA_KEY = "LayerDiffuse shows", "LayerDiffuse extra"
-
-
-@dataclass(frozen=True)
-class Extra:
-    """A picture that goes beside another: its name in the settings, what it is made of, and whether JPG may hold it."""
-
-    label: str
-    caption: str
-    needs: tuple[str, ...]  # RGBA, OPAQUE, or a layer; it is made where all are there
-    make: Callable[..., Image.Image]
-    lossy: bool
-
-
-def on_checkerboard(rgba: Image.Image) -> Image.Image:
-    board = to_pil(checkerboard(rgba.height, rgba.width)[0])
-    return Image.composite(rgba.convert("RGB"), board, rgba.getchannel("A"))
-
-
-EXTRAS: Mapping[str, Extra] = {
-    "opaque": Extra("Opaque picture, as the model painted it", "opaque", (OPAQUE,), lambda opaque: opaque, lossy=True),
-    "mask": Extra("Alpha mask", "alpha mask", (RGBA,), lambda rgba: rgba.getchannel("A"), lossy=False),
-    "preview": Extra("Preview on a checkerboard", "on a checkerboard", (RGBA,), on_checkerboard, lossy=True),
-    "composed": Extra(
-        "Foreground composed over the background, pixel by pixel",
-        "foreground over background",
-        (Layer.FG.value, Layer.BG.value),
-        over,
-        lossy=True,
-    ),
-}
-
-
-def make_extras(sources: Mapping[str, Image.Image], wanted: Collection[str]) -> dict[str, Image.Image]:
-    """Those that are wanted and can be made, in the order of EXTRAS, whatever the order of `wanted`."""
-    return {
-        name: extra.make(*(sources[need] for need in extra.needs))
-        for name, extra in EXTRAS.items()
-        if name in wanted and sources.keys() >= set(extra.needs)
-    }
 
 
 def host_pixels(pixels: Rgb) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -158,17 +116,6 @@ def opaque_of(image: Image.Image) -> Image.Image:
     """What to show of the image where no transparency is possible: it would be shown with its hidden colours."""
     picture = picture_of(image)
     return picture.opaque.resize(image.size) if picture else flattened(image)
-
-
-def has_alpha(image: Image.Image) -> bool:
-    """Whether any pixel of the image is not opaque."""
-    return alpha_range(image) != (255, 255)
-
-
-def alpha_range(image: Image.Image) -> tuple[int, int]:
-    """Lowest and highest alpha of an image of any mode."""
-    lowest, highest = image.convert("RGBA").getchannel("A").getextrema()
-    return lowest, highest  # type: ignore[return-value]  # of one channel
 
 
 def text_of_extra(infotext: str, name: str) -> str:

@@ -13,6 +13,7 @@ from gradio.context import Context
 from modules import shared
 from modules.ui_components import InputAccordion, ToolButton
 
+from lib_layerdiffuse.images.extras import EXTRAS
 from lib_layerdiffuse.images.rgba import ResizeMode
 from lib_layerdiffuse.methods import (
     METHODS,
@@ -30,7 +31,6 @@ from lib_layerdiffuse.request.form import Form
 from lib_layerdiffuse.request.layers import AS_IN_SETTINGS, FORM
 from lib_layerdiffuse.vae import PASSES
 from lib_layerdiffuse.webui.extension import Extension
-from lib_layerdiffuse.webui.outputs import EXTRAS
 from lib_layerdiffuse.webui.status_line import Sentence, forecast
 from lib_layerdiffuse.weights.downloads import State, Status
 

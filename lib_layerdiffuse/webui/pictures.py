@@ -15,12 +15,12 @@ from typing import Any
 from modules import images, img2img, processing, scripts, shared, txt2img
 from PIL import Image
 
+from lib_layerdiffuse.images.extras import EXTRAS
 from lib_layerdiffuse.images.rgba import flattened
 from lib_layerdiffuse.request.layers import FORM
 from lib_layerdiffuse.webui.changes import after, change
 from lib_layerdiffuse.webui.job import Job, Processed
 from lib_layerdiffuse.webui.outputs import (
-    EXTRAS,
     LOSSLESS,
     Picture,
     caption_of,

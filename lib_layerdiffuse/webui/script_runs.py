@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lib_layerdiffuse.webui.outputs import alpha_range, is_marked
+from lib_layerdiffuse.images.rgba import alpha_range
+from lib_layerdiffuse.webui.outputs import is_marked
 
 ENLARGE = "Img2img and Hires. fix enlarge with transparency."
 ADD = "To add something beside a cut-out, give it a larger transparent canvas and use Inpaint."

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lib_layerdiffuse.engine.engine import Engine, run_chain, words_before
 from lib_layerdiffuse.engine.memory import return_freed_memory
+from lib_layerdiffuse.images.extras import EXTRAS, OPAQUE, RGBA, make_extras
 from lib_layerdiffuse.images.rgba import (
     ResizeMode,
     blended,
@@ -33,15 +34,7 @@ from lib_layerdiffuse.vae import LATENT_STRIDE, TransparentVAE
 from lib_layerdiffuse.webui import outputs
 from lib_layerdiffuse.webui.host import Host, seen, whole_cells
 from lib_layerdiffuse.webui.job import Job, Processed
-from lib_layerdiffuse.webui.outputs import (
-    EXTRAS,
-    LAYER_KEY,
-    OPAQUE,
-    RGBA,
-    Picture,
-    host_pixels,
-    make_extras,
-)
+from lib_layerdiffuse.webui.outputs import LAYER_KEY, Picture, host_pixels
 
 log = logging.getLogger("layerdiffuse")
 

@@ -124,9 +124,9 @@ class Routes:
     def encode(self, body: EncodeBody, client: Client) -> LatentAnswer:
         """What a picture's transparency adds to its latent, to start img2img from.
 
-        Encode the picture over the middle grey (0.5) with the model's own VAE, and take the mean and the standard
-        deviation of its posterior: `mean + deviation * latent` is the start, in VAE space (unscaled; for diffusers,
-        times `vae.config.scaling_factor`). Width and height are multiples of 8.
+        Encode the picture over the middle grey (0.5) with the model's own VAE, and take the mean and the std of its
+        posterior: `mean + std * latent` is the start, in VAE space (unscaled; for diffusers, times
+        `vae.config.scaling_factor`). Width and height are multiples of 8.
         """
         image = picture("image", body.image).convert("RGBA")
         check_cells("image", image)
