@@ -57,7 +57,7 @@ def literals(path):
 
 
 def words_of_the_page():
-    found = {*controls(), *choices(), *sentences(), *literals(ROOT / "lib_layerdiffuse" / "ui.py")}
+    found = {*controls(), *choices(), *sentences(), *literals(ROOT / "lib_layerdiffuse" / "webui" / "panel.py")}
     return {word for word in found if any(letter.isalpha() for letter in word) and not word.endswith(" MB")} - {
         family.word for family in Family
     }
