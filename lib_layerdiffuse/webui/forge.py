@@ -11,7 +11,8 @@ from typing import Any
 from modules import shared, stealth_infotext
 from modules_forge import forge_version
 
-from lib_layerdiffuse.engine.forge import ForgeBackend
+from lib_layerdiffuse.engine import programs
+from lib_layerdiffuse.engine.hosted import HostedModel
 from lib_layerdiffuse.webui.a1111 import WebUI
 from lib_layerdiffuse.webui.changes import divert
 
@@ -20,7 +21,7 @@ class Forge(WebUI):
     """See `host.Host`."""
 
     def __init__(self) -> None:
-        self.backend = ForgeBackend(lambda: shared.sd_model)
+        self.backend = HostedModel(programs.running(), lambda: shared.sd_model)
 
     def name(self) -> str:
         return f"Stable Diffusion WebUI Forge {forge_version.version}"

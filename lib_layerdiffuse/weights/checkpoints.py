@@ -21,3 +21,16 @@ def family_of(path: Path) -> Family | None:
     except (OSError, SafetensorError):
         return None
     return FAMILIES.get((channels, context))
+
+
+# By the width of the text context.
+WORDS = {768: "SD1.5", 1024: "SD2", 2048: "SDXL", 1280: "SDXL refiner"}
+INPAINTING = 5  # channels more: the mask, and the latents of what is not masked
+
+
+def kind_of(channels: int, context: int) -> str:
+    """A checkpoint in words, by what its UNet takes: `an SD1.5 inpainting checkpoint`."""
+    if context not in WORDS:
+        return "a Flux or other checkpoint"
+    special = {4: "", 4 + INPAINTING: "inpainting "}.get(channels, f"{channels}-channel ")
+    return f"an {WORDS[context]} {special}checkpoint"

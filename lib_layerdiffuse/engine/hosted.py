@@ -1,6 +1,6 @@
-"""A model that Stable Diffusion WebUI Forge 2 loaded (its package `backend`): lllyasviel/stable-diffusion-webui-forge.
+"""A model that a web UI loaded, patched through the web UI's own patcher.
 
-File and line in comments are of commit dfdcbab6.
+File and line in comments are of Forge's commit dfdcbab6 (lllyasviel/stable-diffusion-webui-forge).
 """
 
 from __future__ import annotations
@@ -9,17 +9,16 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from types import SimpleNamespace
 from typing import Any
-from weakref import ref
 
 import torch
-from backend import memory_management
-from backend.patcher.base import ModelPatcher
-from backend.patcher.lora import load_lora
 from torch import Tensor, nn
 
 from lib_layerdiffuse.engine.backend import BaseModel
+from lib_layerdiffuse.engine.merging import Merging, merging_of
+from lib_layerdiffuse.engine.programs import Program, computation_dtype, schedule_of
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.injection.content import UNSHARED, Injection, WeightPatch, misfit
 from lib_layerdiffuse.injection.patches import (
@@ -32,86 +31,80 @@ from lib_layerdiffuse.injection.patches import (
     condition_patch,
     control_patches,
 )
-from lib_layerdiffuse.methods import Family
 from lib_layerdiffuse.nets.attention_sharing import ATTENTIONS, BLOCKS, FoldedSharing
 from lib_layerdiffuse.tensors import Latent, Rgb
+from lib_layerdiffuse.weights.checkpoints import FAMILIES, kind_of
 
 log = logging.getLogger("layerdiffuse")
 
-# The engine's flag, what it says, and the family that LayerDiffuse has weights for.
-KINDS = (
-    ("is_sd1", "an SD1.5", Family.SD15),
-    ("is_sdxl", "an SDXL", Family.SDXL),
-    ("is_sd2", "an SD2", None),
-    ("is_sd3", "an SD3", None),
-)
-OTHER_KIND = ("", "a Flux or other", None)
-REFINER_CONTEXT = 1280  # width of the text context of the SDXL refiner; the base model has 2048
 
-
-class ForgeBackend:
+class HostedModel:
     """See `backend.Backend`."""
 
-    def __init__(self, model: Callable[[], Any]) -> None:
-        """model: the checkpoint (`ForgeDiffusionEngine`) that is loaded when it is called."""
+    def __init__(self, program: Program, model: Callable[[], Any]) -> None:
+        """model: the checkpoint that is loaded when it is called, with its `forge_objects`."""
+        self._program = program
         self._current = model
 
     @property
-    def _model(self) -> Any:
-        return self._current()
+    def _objects(self) -> Any:
+        return self._current().forge_objects
 
     def base_model(self) -> BaseModel:
-        model = self._model
-        _, kind, family = next((row for row in KINDS if getattr(model, row[0], False)), OTHER_KIND)
-        refiner = getattr(model.model_config, "unet_config", {}).get("context_dim") == REFINER_CONTEXT
-        special = "inpainting " * model.is_inpaint + "refiner " * refiner
-        name = model.sd_checkpoint_info.name_for_extra
-        return BaseModel(name, f"{kind} {special}checkpoint", None if special else family)
+        model = self._objects.unet.model.diffusion_model
+        name = self._current().sd_checkpoint_info.name_for_extra
+        found = shape_of(model)
+        return BaseModel(name, kind_of(*found), FAMILIES.get(found))
 
     def posterior(self, rgb: Rgb) -> tuple[Latent, Latent]:
-        vae = self._model.forge_objects.vae.clone()
-        encode = vae.first_stage_model.encode
-        # Not the VAE's regulation, which its tiled mode leaves out (backend/patcher/vae.py:118).
-        vae.first_stage_model = SimpleNamespace(encode=lambda pixels, regulation=None: encode(pixels, parameters_of))
+        vae = copy(self._objects.vae)  # not its clone(), in which reForge leaves a part out
+        first_stage = vae.first_stage_model
+        vae.first_stage_model = SimpleNamespace(encode=lambda pixels, *options: parameters_of(first_stage, pixels))
         vae.latent_channels *= 2
         mean, std = vae.encode(rgb.movedim(1, -1)).chunk(2, dim=1)
         return mean, std
 
     def sampler_latent(self, vae_latent: Latent) -> Latent:
-        return self._model.forge_objects.vae.first_stage_model.process_in(vae_latent)
+        return self._space.process_in(vae_latent)
 
     def vae_latent(self, sampler_latent: Latent) -> Latent:
-        return self._model.forge_objects.vae.first_stage_model.process_out(sampler_latent)
+        return self._space.process_out(sampler_latent)
+
+    @property
+    def _space(self) -> Any:
+        """What knows the sampler's space: the VAE's network, or the latent format of the UNet's model."""
+        first_stage = self._objects.vae.first_stage_model
+        return first_stage if hasattr(first_stage, "process_in") else self._objects.unet.model.latent_format
 
     @contextmanager
     def inject(
         self, injection: Injection, weight: float, start: float, stop: float, condition: Tensor | None
     ) -> Iterator[None]:
-        objects = self._model.forge_objects
+        objects = self._objects
         unet = objects.unet.clone()
-        plain = merged = dict(unet.lora_patches)
-        # Weakly, because it holds `merge`: together they would keep gigabytes until the next garbage collection.
-        patcher = ref(unet)
+        merging = merging_of(unet, self._program.memory.load_models_gpu)
 
-        def merge(on: bool) -> None:
+        def turn(on: bool) -> None:
             began = time.perf_counter()
-            unet: Any = patcher()
-            unet.lora_patches = merged if on else plain
-            unet.lora_loader.refresh(unet.lora_patches, offload_device=unet.offload_device)
+            merging.turn(on)
             log.info("switched %s in %.2f s", "on" if on else "off", time.perf_counter() - began)
 
-        begin, end = map(unet.model.predictor.percent_to_sigma, (start, stop))
-        switch = Switch(begin, end, merge, on=start == 0)
+        begin, end = map(schedule_of(unet.model).percent_to_sigma, (start, stop))
         afterwards = ExitStack()
         if isinstance(injection.content, WeightPatch):
-            patch_weights(unet, injection, injection.content, weight)
-            merged = unet.lora_patches
-            if not switch.on:  # merged when it is time
-                unet.lora_patches = plain
+            switch = Switch(begin, end, turn, on=start == 0)
+            self._merge(unet, merging, injection, injection.content, weight)
+            merging.begin(switch.on)  # else merged when it is time
             patches = condition_patches(injection.content, condition, weight, switch)
         else:
+            switch = Switch(begin, end, lambda on: None, on=start == 0)
             hosts = attentions_of(unet, injection)
-            patches = sharing_patches(unet, hosts, injection.content, condition, weight, switch, afterwards)
+            unet.add_extra_model_patcher_during_sampling(
+                self._patcher(injection.content, computation_dtype(unet.model))
+            )
+            layers = SharedLayers(injection.content, hosts, weight, merging.version)
+            afterwards.callback(layers.clear)  # the patched UNet itself stays until the next job
+            patches = sharing_patches(layers, injection.content, condition, weight, switch)
         add_patches(unet, patches)
         unet.add_conditioning_modifier(each_step(switch))
         # Not put back afterwards: the host drops it at its next reset (processing.py:937), and a patcher that nothing
@@ -121,15 +114,26 @@ class ForgeBackend:
             with afterwards:
                 yield
         except BaseException:
-            # A merge that broke off is neither undone nor noticed by the host (backend/patcher/lora.py:354).
-            unet.lora_loader.refresh(plain, offload_device=unet.offload_device, force_refresh=True)
+            merging.undo()
             raise
+
+    def _merge(self, unet: Any, merging: Merging, injection: Injection, patch: WeightPatch, weight: float) -> None:
+        """Hand LoRA and diff to the host's own patcher, and make sure that it takes all of them."""
+        refuse_unfit(unet, injection, patch)
+        files = {
+            f"{key}.lora_{name}.weight": t for key, pair in patch.lora.items() for name, t in zip(("up", "down"), pair)
+        }
+        patches = self._program.load_lora(files, list(patch.lora))
+        patches |= {key: ("diff", (diff,)) for key, diff in patch.diff.items()}
+        taken = merging.add(f"layerdiffuse {injection.identity}", patches, weight)
+        if lost := patch.shapes().keys() - taken:
+            raise misfit(injection.method, f"the web UI took no patch for {len(lost)} weights, such as {min(lost)}")
 
     @contextmanager
     def hold(self, original: Latent, noise: Latent, released: Callable[[float], Tensor]) -> Iterator[None]:
-        objects = self._model.forge_objects
+        objects = self._objects
         unet = objects.unet.clone()
-        with_noise = unet.model.predictor.noise_scaling
+        with_noise = schedule_of(unet.model).noise_scaling
         free: Tensor | None = None  # at the model call under way
 
         def before(model: Any, x: Latent, timestep: Any, uncond: Any, cond: Any, *rest: Any) -> tuple[Any, ...]:
@@ -150,17 +154,18 @@ class ForgeBackend:
         yield
 
     def places(self, module: nn.Module, memory: int) -> Iterator[torch.device]:
-        patcher = patcher_of(module, dtype_for(memory_management.get_torch_device()))
-        memory_management.load_models_gpu([patcher], memory_required=memory)
+        manager = self._program.memory
+        patcher = self._patcher(module, self._program.dtype(manager.get_torch_device()))
+        manager.load_models_gpu([patcher], memory_required=memory)
         yield patcher.load_device
-        if memory_management.is_device_cpu(patcher.load_device):
+        if manager.is_device_cpu(patcher.load_device):
             return
         log.info("out of memory: once more with nothing else on the GPU")
-        memory_management.unload_all_models()
-        memory_management.load_models_gpu([patcher], memory_required=memory)
+        manager.unload_all_models()
+        manager.load_models_gpu([patcher], memory_required=memory)
         yield patcher.load_device
         log.info("out of memory: once more on the CPU")
-        memory_management.unload_all_models()
+        manager.unload_all_models()
         dtype = next(module.parameters()).dtype
         module.float()
         try:
@@ -170,11 +175,21 @@ class ForgeBackend:
 
     def forget(self, injection: Injection) -> None:
         # What refers back to the module would keep it, a gigabyte on a CPU, until the next garbage collection: its
-        # patcher, and what the host's patcher puts on it (backend/patcher/base.py:64).
+        # patcher, and what Forge's patcher puts on it (backend/patcher/base.py:64).
         attributes = vars(injection.content)
         if patcher := attributes.pop("host_patcher", None):
-            memory_management.unload_model_clones(patcher)
-            del attributes["lora_loader"]
+            self._program.forget(patcher)
+            attributes.pop("lora_loader", None)
+
+    def _patcher(self, module: nn.Module, dtype: torch.dtype) -> Any:
+        """The host's handle for loading `module`, kept on the module: hosts hold handles weakly."""
+        module.to(dtype)
+        if "host_patcher" not in module.__dict__:
+            manager = self._program.memory
+            module.host_patcher = self._program.patcher(
+                module, load_device=manager.get_torch_device(), offload_device=manager.unet_offload_device()
+            )
+        return module.host_patcher
 
 
 def release_inpainting(conditions: dict[str, Any], original: Latent, free: Tensor) -> None:
@@ -193,21 +208,6 @@ def each_step(switch: Switch) -> Callable[..., tuple[Any, ...]]:
         return model, x, timestep, *rest
 
     return modifier
-
-
-def patch_weights(unet: Any, injection: Injection, patch: WeightPatch, weight: float) -> None:
-    """Hand LoRA and diff to the host's own patcher, and make sure that it takes all of them."""
-    refuse_unfit(unet, injection, patch)
-    files = {
-        f"{key}.lora_{name}.weight": t for key, pair in patch.lora.items() for name, t in zip(("up", "down"), pair)
-    }
-    patches, _ = load_lora(files, {key: key for key in patch.lora})
-    patches |= {key: ("diff", (diff,)) for key, diff in patch.diff.items()}
-    applied = unet.add_patches(filename=f"layerdiffuse {injection.identity}", patches=patches, strength_patch=weight)
-    if lost := patch.shapes().keys() - applied:
-        raise misfit(injection.method, f"Forge took no patch for {len(lost)} of its weights, such as {min(lost)}")
-    if unet.lora_loader.loaded_hash != str(list(unet.lora_patches)):  # what the host compares before it merges
-        log.info("merging %s at weight %g", injection.method.weights, weight)
 
 
 def refuse_unfit(unet: Any, injection: Injection, patch: WeightPatch) -> None:
@@ -237,19 +237,9 @@ def attentions_of(unet: Any, injection: Injection) -> dict[Key, nn.Module]:
 
 
 def sharing_patches(
-    unet: Any,
-    hosts: Mapping[Key, nn.Module],
-    sharing: FoldedSharing,
-    picture: Rgb | None,
-    weight: float,
-    switch: Switch,
-    afterwards: ExitStack,
+    layers: SharedLayers, sharing: FoldedSharing, picture: Rgb | None, weight: float, switch: Switch
 ) -> list[Patch]:
-    """The units for the UNet's attention layers, which are loaded together with it."""
-    unet.add_extra_model_patcher_during_sampling(patcher_of(sharing, unet.model.computation_dtype))
-    loader = unet.lora_loader
-    layers = SharedLayers(sharing, hosts, weight, version=lambda: loader.loaded_hash)
-    afterwards.callback(layers.clear)  # the patched UNet itself stays until the next job
+    """The units for the UNet's attention layers."""
     control = [] if picture is None else control_patches(ControlSignals(sharing, picture, weight), switch)
     return [*attention_patches(layers, switch), *control]
 
@@ -261,9 +251,25 @@ def add_patches(unet: Any, patches: Sequence[Patch]) -> None:
         lists[patch.kind] = [patch.call, *others] if patch.first else [*others, patch.call]
 
 
-def parameters_of(posterior: Any) -> Tensor:
-    """A regulation of the host's VAE: both mean and std instead of a sample."""
-    return torch.cat([posterior.mean, posterior.std], dim=1)
+def parameters_of(first_stage: Any, pixels: Tensor) -> Tensor:
+    """Mean and std of the posterior, one after the other in channels, instead of a sample: of any AutoencoderKL.
+
+    The log of the variance is bounded as in latent-diffusion (ldm/modules/distributions/distributions.py).
+    """
+    moments = first_stage.encoder(pixels)
+    if getattr(first_stage, "quant_conv", None) is not None:
+        moments = first_stage.quant_conv(moments)
+    mean, logvar = moments.chunk(2, dim=1)
+    return torch.cat([mean, torch.exp(0.5 * logvar.clamp(-30.0, 20.0))], dim=1)
+
+
+def shape_of(model: Any) -> tuple[int, int]:
+    """Channels that a UNet takes, and the width of its text context; zeros where it is none of Stable Diffusion's."""
+    try:
+        context = model.input_blocks[4][1].transformer_blocks[0].attn2.to_k.in_features
+        return model.input_blocks[0][0].in_channels, context
+    except (AttributeError, IndexError):
+        return 0, 0
 
 
 def transformer(unet: Any, block: tuple[str, int]) -> nn.Module:
@@ -272,21 +278,3 @@ def transformer(unet: Any, block: tuple[str, int]) -> nn.Module:
     model = unet.model.diffusion_model
     stage = model.middle_block if name == "middle" else getattr(model, f"{name}_blocks")[index]
     return stage[1].transformer_blocks[0]
-
-
-def patcher_of(module: nn.Module, dtype: torch.dtype) -> ModelPatcher:
-    """The host's handle for loading `module`, kept on the module: hosts hold handles weakly."""
-    module.to(dtype)
-    if "host_patcher" not in module.__dict__:
-        module.host_patcher = ModelPatcher(
-            module,
-            load_device=memory_management.get_torch_device(),
-            offload_device=memory_management.unet_offload_device(),
-        )
-    return module.host_patcher
-
-
-def dtype_for(device: torch.device) -> torch.dtype:
-    if memory_management.should_use_fp16(device):
-        return torch.float16
-    return torch.bfloat16 if memory_management.should_use_bf16(device) else torch.float32
