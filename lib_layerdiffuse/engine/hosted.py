@@ -128,6 +128,8 @@ class HostedModel:
         taken = merging.add(f"layerdiffuse {injection.identity}", patches, weight)
         if lost := patch.shapes().keys() - taken:
             raise misfit(injection.method, f"the web UI took no patch for {len(lost)} weights, such as {min(lost)}")
+        if not merging.is_merged():
+            log.info("merging %s at weight %g", injection.method.weights, weight)
 
     @contextmanager
     def hold(self, original: Latent, noise: Latent, released: Callable[[float], Tensor]) -> Iterator[None]:

@@ -14,6 +14,9 @@ class Merging(Protocol):
     def add(self, name: str, patches: Mapping[str, Any], strength: float) -> Collection[str]:
         """Patches to merge; name: changes with what they hold. Answers with the keys that were taken."""
 
+    def is_merged(self) -> bool:
+        """Whether they are in the UNet already, from the job before."""
+
     def begin(self, on: bool) -> None:
         """What the program will load first: with the patches, or without."""
 
@@ -50,6 +53,9 @@ class LoaderMerging:
         taken = self.unet.add_patches(filename=name, patches=patches, strength_patch=strength)
         self._merged = self.unet.lora_patches
         return taken
+
+    def is_merged(self) -> bool:
+        return self.version() == str(list(self._merged))  # as the loader compares before it merges
 
     def begin(self, on: bool) -> None:
         self.unet.lora_patches = self._merged if on else self._plain
@@ -91,6 +97,10 @@ class CloneMerging:
             # The same as in the job before, where all is the same: else the program would merge anew each time.
             self._merged.patches_uuid = uuid5(UUID(str(uuid)), f"{name} {strength}")
         return taken
+
+    def is_merged(self) -> bool:
+        uuid = getattr(self._merged, "patches_uuid", None)
+        return uuid is not None and uuid == self._merged.model.current_weight_patches_uuid
 
     def begin(self, on: bool) -> None:
         chosen, unet = self._chosen(on), self.unet
