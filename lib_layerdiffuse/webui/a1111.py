@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from copy import copy
 from functools import partial, wraps
+from importlib import import_module
+from importlib.util import find_spec
+from inspect import getsource
 from itertools import cycle, zip_longest
 from pathlib import Path
 from typing import Any
@@ -29,19 +32,21 @@ from modules import (
     ui_common,
 )
 from modules.paths import models_path
+from modules_forge import forge_version
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.nn import functional as F
 
-from lib_layerdiffuse.engine.backend import Backend
+from lib_layerdiffuse.engine import programs
+from lib_layerdiffuse.engine.hosted import HostedModel
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.images.rgba import Box, ResizeMode, as_mask
 from lib_layerdiffuse.request.layers import Request
 from lib_layerdiffuse.tensors import Latent
 from lib_layerdiffuse.webui import outputs, pictures
 from lib_layerdiffuse.webui.batches import fitted
-from lib_layerdiffuse.webui.changes import change, divert
+from lib_layerdiffuse.webui.changes import after, change, divert
 from lib_layerdiffuse.webui.host import Around
 from lib_layerdiffuse.webui.job import Job, Processed
 from lib_layerdiffuse.webui.script_runs import ScriptRun
@@ -84,9 +89,14 @@ RefusedJob.__name__ = "LayerDiffuse"
 
 
 class WebUI:
-    """See `host.Host`. What is not the same in all of them, each adds or overrides in its own file."""
+    """See `host.Host`."""
 
-    backend: Backend
+    def __init__(self) -> None:
+        self.backend = HostedModel(programs.running(), lambda: shared.sd_model)
+
+    def name(self) -> str:
+        """Neo has its number apart (`release`), others have one string."""
+        return " ".join(["Stable Diffusion WebUI Forge", forge_version.version, getattr(forge_version, "release", "")])
 
     def api_users(self) -> list[str] | None:
         options = shared.cmd_opts
@@ -232,6 +242,12 @@ class WebUI:
         info = sd_models.get_closet_checkpoint_match(title or shared.opts.sd_model_checkpoint or "")
         return Path(info.filename) if info else None
 
+    def is_checkpoint_box(self, component: Any) -> bool:
+        # Where it is none of the settings, it has no elem_id (modules_forge/main_entry.py:74).
+        if getattr(component, "elem_id", "") == "setting_sd_model_checkpoint":
+            return True
+        return getattr(component, "label", "") == "Checkpoint" and "model_selection" in (component.elem_classes or ())
+
     def init_images(self, p: Job) -> list[Image.Image]:
         return list(getattr(p, "init_images", None) or [])
 
@@ -291,7 +307,10 @@ class WebUI:
         return sd_samplers_common.setup_img2img_steps(p)[1] + 1
 
     def overlaid(self, p: Job, picture: Image.Image, overlay: Image.Image | None) -> Image.Image:
-        return processing.apply_overlay(picture, p.paste_to, overlay)[0]
+        if overlay is None:
+            return picture
+        answer = processing.apply_overlay(picture, p.paste_to, overlay)
+        return answer[0] if isinstance(answer, tuple) else answer  # of ersatz: the picture alone
 
     def flatten_upscaled(self, p: Job, flatten: Callable[[Image.Image], Image.Image]) -> None:
         if (start := getattr(p, "firstpass_image", None)) is not None:
@@ -375,6 +394,14 @@ class WebUI:
         if path := getattr(self.pictures(processed)[index], "already_saved_as", None):
             self.save_beside(p, picture, Path(path), f"-{name}", shared.opts.samples_format, text)
 
+    def keep_pixels(self, condition: Callable[[Any], bool]) -> None:
+        """Keep the stealth infotext, which writes over alpha or fails on other modes than RGB, off some images.
+
+        condition: of the host's ImageSaveParams.
+        """
+        if find_spec("modules.stealth_infotext"):  # not in Neo and ersatz
+            divert(import_module("modules.stealth_infotext"), "add_stealth_pnginfo", condition, lambda params: None)
+
     def read_args(self, readers: Mapping[str, Callable[[object], list[object]]]) -> None:
         # An entry without `args` would be passed over, for an ordinary picture (modules/api/api.py:359).
         from modules.api import api
@@ -401,6 +428,8 @@ class WebUI:
         from modules.api import api
 
         divert(api, "encode_pil_to_base64", is_ours, png_base64)
+        if "extra_images" not in getsource(api):  # reForge's answers with `images` alone
+            after(api, "process_images", pictures.with_extras)
 
     def keep_alpha(self) -> None:
         """Keep the alpha of our pictures, or show what is opaque instead, in what becomes of them after a job."""

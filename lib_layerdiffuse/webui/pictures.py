@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from copy import copy
+from inspect import signature
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,7 @@ def show_pictures() -> None:
     """Have the gallery say what our pictures show, and all that use it find an infotext for each."""
     change(processing.Processed, "js", with_all_infotexts)
     for module, name in ((txt2img, "txt2img_function"), (img2img, "img2img_function")):
-        after(module, name, lambda answer: (captioned(answer[0]), *answer[1:]))
+        after(module, name, lambda answer: (with_shown(answer[0], captioned(shown_in(answer[0]))), *answer[1:]))
     change(txt2img, "txt2img_upscale_function", with_own_extras)
 
 
@@ -173,6 +174,9 @@ def with_all_infotexts(original: Function) -> Function:
     def js(self: Any) -> Any:
         if any(map(is_marked, self.images)):
             self = copy(self)
+            # Functions, of values that differ from picture to picture, Classic cannot write (processing.py:616).
+            values = self.extra_generation_params.items()
+            self.extra_generation_params = {key: None if callable(value) else value for key, value in values}
             own = zip_longest(self.infotexts[: len(self.images)], self.images)  # none where an X/Y/Z cell was refused
             texts = [*(text for text, _ in own), *map(infotext_of, self.extra_images)]
             self.infotexts = [text or self.info for text in texts]
@@ -181,16 +185,26 @@ def with_all_infotexts(original: Function) -> Function:
     return js
 
 
+def with_extras(processed: Any) -> Any:
+    """All that is shown, as what the job made."""
+    ours = [image for image in processed.extra_images if is_marked(image)]
+    processed.images = [*processed.images, *ours]
+    processed.extra_images = [image for image in processed.extra_images if not is_marked(image)]
+    return processed
+
+
 def with_own_extras(original: Function) -> Function:
     """The upscale button (txt2img.py:67) puts a picture in another's place, and so come its extras."""
 
-    def upscale(task: Any, request: Any, gallery: Any, index: int, generation_info: str, *args: Any) -> Any:
-        shown, info, *rest = original(task, request, gallery, index, generation_info, *args)
+    def upscale(*args: Any) -> Any:
+        answer, info, *rest = original(*args)
+        shown = shown_in(answer)
         made = [picture for item in shown if (picture := picture_of(item))]
         if not made:
-            return shown, info, *rest
+            return answer, info, *rest
         parameters = json.loads(info)
-        before = json.loads(generation_info)["infotexts"][index]
+        given = signature(original).bind(*args).arguments
+        before = json.loads(given["generation_info"])["infotexts"][given["gallery_index"]]
         keeps_both = getattr(shared.opts, "hires_button_gallery_insert", False)
         replaced = () if keeps_both else [text_of_extra(before, name) for name in EXTRAS]
         texts = parameters["infotexts"]  # not of what other extensions show behind the pictures
@@ -199,9 +213,19 @@ def with_own_extras(original: Function) -> Function:
         for name, image in made[-1].extras.items():
             rows.append((captioned_as(image, EXTRAS[name].caption), text_of_extra(new, name)))
         parameters["infotexts"] = [text for _, text in rows]
-        return [item for item, _ in rows], json.dumps(parameters), *rest
+        return with_shown(answer, [item for item, _ in rows]), json.dumps(parameters), *rest
 
     return upscale
+
+
+def shown_in(answer: Any) -> Sequence[Any]:
+    """The pictures in what is sent to a gallery: a list, or an update of one."""
+    return (answer.get("value") or []) if isinstance(answer, dict) else answer
+
+
+def with_shown(answer: Any, shown: Sequence[Any]) -> Any:
+    """The same with other pictures."""
+    return {**answer, "value": shown} if isinstance(answer, dict) and "value" in answer else shown
 
 
 def captioned(shown: Sequence[Any]) -> list[Any]:
