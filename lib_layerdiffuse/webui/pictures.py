@@ -188,6 +188,7 @@ def with_all_infotexts(original: Function) -> Function:
 def with_extras(processed: Any) -> Any:
     """All that is shown, as what the job made."""
     ours = [image for image in processed.extra_images if is_marked(image)]
+    processed.infotexts = [*processed.infotexts[: len(processed.images)], *map(infotext_of, ours)]
     processed.images = [*processed.images, *ours]
     processed.extra_images = [image for image in processed.extra_images if not is_marked(image)]
     return processed
