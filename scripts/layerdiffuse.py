@@ -1,7 +1,7 @@
 """The web UI's hooks, each handed over to the job's Session; nothing else."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from lib_layerdiffuse.images.extras import EXTRAS
 from lib_layerdiffuse.request import differential, layers
 from lib_layerdiffuse.request.differential import Change
 from lib_layerdiffuse.request.layers import Request
-from lib_layerdiffuse.webui import detect, outputs, panel, xyz_axes
+from lib_layerdiffuse.webui import detect, ending, outputs, panel, xyz_axes
 from lib_layerdiffuse.webui.api import routes
 from lib_layerdiffuse.webui.differential_session import ChangeSession
 from lib_layerdiffuse.webui.extension import Extension
@@ -47,7 +47,16 @@ def ending_job(p: Job, processed: Processed | None = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        host.fail(p, error, processed)
+        if unsupported:
+            ending.end(p, error, processed)
+        else:
+            host.fail(p, error, processed)
+
+
+def refuse(args: Sequence[object]) -> None:
+    """In a web UI that we do not know. Raises LayerDiffuseError where an ordinary picture is not what was asked for."""
+    if layers.FORM.is_on(args):
+        raise LayerDiffuseError(f"{unsupported} Switch LayerDiffuse off for an ordinary picture.")
 
 
 def session_of(p: Job) -> Session | None:
@@ -96,8 +105,9 @@ class DifferentialDiffusion(scripts.Script):
                 ppmo.overlay_image = session.overlay(p, p.batch_index, ppmo.overlay_image)
 
     def postprocess(self, p: Job, processed: Processed, *args: Any) -> None:
-        if (session := change_of(p)) and processed.images:
-            with ending_job(p, processed):
+        with ending_job(p, processed):
+            ending.raise_late(p)
+            if (session := change_of(p)) and processed.images:
                 session.finish(p, processed)
 
 
@@ -117,10 +127,15 @@ class LayerDiffuse(scripts.Script):
         return components
 
     def process(self, p: Job, *args: Any) -> None:
-        p.layerdiffuse = None  # scripts such as X/Y/Z plot run a copy of a `p` that has run before
-        if unsupported or by_detailer(p):
+        p.layerdiffuse = p.layerdiffuse_error = (
+            None  # scripts such as X/Y/Z plot run a copy of a `p` that has run before
+        )
+        if by_detailer(p):
             return
         with ending_job(p):
+            if unsupported:
+                refuse(args)
+                return
             asked = getattr(p, "layerdiffuse_request", None) or Request.parse(args, getattr(p, "layerdiffuse_axes", {}))
             if asked:
                 p.layerdiffuse = open_session(host, extension.engine, p, asked)
@@ -163,8 +178,9 @@ class LayerDiffuse(scripts.Script):
                 pp.image = session.finish_picture(p, p.batch_index, pp.image)
 
     def postprocess(self, p: Job, processed: Processed, *args: Any) -> None:
-        if (session := session_of(p)) and processed.images:  # ADetailer calls this before there are any
-            with ending_job(p, processed):
+        with ending_job(p, processed):
+            ending.raise_late(p)
+            if (session := session_of(p)) and processed.images:  # ADetailer calls this before there are any
                 session.finish(p, processed)
 
 

@@ -20,7 +20,6 @@ from itertools import cycle, zip_longest
 from pathlib import Path
 from typing import Any
 
-from fastapi import HTTPException
 from modules import (
     call_queue,
     images,
@@ -47,15 +46,13 @@ from lib_layerdiffuse.tensors import Latent
 from lib_layerdiffuse.webui import outputs, pictures
 from lib_layerdiffuse.webui.batches import fitted
 from lib_layerdiffuse.webui.changes import after, change, divert
+from lib_layerdiffuse.webui.ending import end, refused
 from lib_layerdiffuse.webui.host import Around
 from lib_layerdiffuse.webui.job import Job, Processed
 from lib_layerdiffuse.webui.script_runs import ScriptRun
 
 log = logging.getLogger("layerdiffuse")
 
-# What the host calls on `p` next, outside the hooks whose exceptions it swallows (modules/processing.py):
-# before sampling (`init` 921, `sample` 989), and after it (`save_samples` 1034, infotext of each picture 751).
-NEXT_STEPS = ("init", "sample", "save_samples", "get_token_merging_ratio")
 SAMPLING = ("sample", "sample_img2img")
 PROMPTS = ("all_prompts", "all_negative_prompts", "all_hr_prompts", "all_hr_negative_prompts")  # one for each row
 
@@ -73,19 +70,6 @@ MASK_SETTINGS = (
 )
 
 WINDOWS_PATH = 259  # characters
-
-
-class RefusedJob(LayerDiffuseError, HTTPException):
-    """The page shows its name and text; the API answers HTTP 422 with the text as `detail`."""
-
-    def __init__(self, error: LayerDiffuseError) -> None:
-        HTTPException.__init__(self, status_code=422, detail=str(error))
-
-    def __str__(self) -> str:
-        return str(self.detail)
-
-
-RefusedJob.__name__ = "LayerDiffuse"
 
 
 class WebUI:
@@ -143,17 +127,9 @@ class WebUI:
         return self.interrupted() or bool(shared.state.stopping_generation)
 
     def fail(self, p: Job, error: Exception, processed: Processed | None = None) -> None:
-        raised = refused(error)
-
-        def end_job(*args: Any, **kwargs: Any) -> Any:
-            raise raised
-
         if isinstance(error, LayerDiffuseError):
             self.script_run(p).refusals[str(error)] = None
-        for step in NEXT_STEPS:
-            setattr(p, step, end_job)
-        if processed is not None:
-            processed.js = end_job  # asked for by page and API alike, when all is done
+        end(p, error, processed)
 
     def note(self, p: Job, text: str) -> None:
         p.comment(text)
@@ -490,10 +466,6 @@ def one_each(processed: Processed, frames: int) -> list[Image.Image]:
 
 def put_before(texts: Sequence[str], prompts: Sequence[str]) -> list[str]:
     return [f"{text}, {prompt}" if text else prompt for text, prompt in zip(cycle(texts), prompts)]
-
-
-def refused(error: Exception) -> Exception:
-    return RefusedJob(error) if isinstance(error, LayerDiffuseError) else error
 
 
 def png_base64(image: Image.Image) -> bytes:

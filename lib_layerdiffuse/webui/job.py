@@ -75,6 +75,7 @@ class Job(Protocol):
     layerdiffuse_axes: dict[str, Any]  # what an X/Y/Z plot varies
     layerdiffuse_script: Any  # ScriptRun
     layerdiffuse_hr_prompts: list[str]
+    layerdiffuse_error: Exception | None  # what a hook ended it with
     layerdiffuse_mask: dict[str, Any]
     differential: Any  # ChangeSession | None
 

@@ -311,10 +311,10 @@ def pasted(form: Form, name: str, parameters: Mapping[str, Any]) -> Any:
 
 
 def notice(tab: str, text: str) -> list[Any]:
-    """The panel of a web UI that we cannot run in: why, and nothing else."""
-    with InputAccordion(False, label=TITLE, elem_id=f"layerdiffuse-{tab}"):
+    """The panel of a web UI that we cannot run in: why, and whether it is ticked nevertheless."""
+    with InputAccordion(False, label=TITLE, elem_id=f"layerdiffuse-{tab}") as enabled:
         gr.Markdown(text)
-    return []
+    return [enabled]
 
 
 def add_settings() -> None:
