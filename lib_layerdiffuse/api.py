@@ -5,7 +5,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
@@ -40,6 +39,7 @@ from lib_layerdiffuse.reading import TooLarge, read_image
 from lib_layerdiffuse.samples import Unclear
 from lib_layerdiffuse.tensors import Latent
 from lib_layerdiffuse.vae import LATENT_STRIDE
+from lib_layerdiffuse.version import own_version
 from lib_layerdiffuse.weights import ASSETS, address_of
 from lib_layerdiffuse.workshop import Workshop
 
@@ -58,7 +58,7 @@ class Routes:
 
     def __init__(self, workshop: Workshop) -> None:
         self.workshop = workshop
-        self.version = version()
+        self.version = own_version()
 
     async def health(self) -> HealthAnswer:
         """What is installed, and whether it is at work. Answers at once, also while jobs wait."""
@@ -84,6 +84,7 @@ class Routes:
     def _method(self, number: int, method: Method, family: Family | None) -> MethodAnswer:
         status = self.workshop.downloads.status
         return MethodAnswer(
+            title=method.full_title,
             label=method.label,
             key=method.key,
             number=number,
@@ -165,13 +166,6 @@ def weight_answer(status: Status) -> WeightAnswer:
         address=address_of(asset.file),
         error=status.error,
     )
-
-
-def version() -> str:
-    """Of the extension: it is a folder in the web UI, not an installed package."""
-    text = (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text(encoding="utf-8")
-    found = re.search(r'^version = "(.+)"', text, re.MULTILINE)
-    return found[1] if found else "unknown"
 
 
 # --- pictures and latents
@@ -351,6 +345,7 @@ class Examples:
         }
         self.methods = [
             {
+                "title": "Blend for a foreground (SDXL)",
                 "label": "(SDXL) From Foreground to Blending",
                 "key": "xl_fg2ble",
                 "number": 6,
@@ -363,7 +358,7 @@ class Examples:
         ]
         self.health = {
             "status": "ok",
-            "version": "0.1.0",
+            "version": own_version(),
             "host": "Stable Diffusion WebUI Forge 2.0.1v1.10.1",
             "checkpoint": {"name": "sd_xl_base_1.0", "family": "sdxl"},
             "busy": False,

@@ -105,4 +105,4 @@ def load_injection(method: Method, path: Path) -> Injection:
 
 def misfit(method: Method, reason: str) -> LayerDiffuseError:
     """The sentence for a file that is whole but cannot serve."""
-    return LayerDiffuseError(f"{method.weights} is not the weight file of {method.label}: {reason}. {REPLACE}")
+    return LayerDiffuseError(f"{method.weights} is not the weight file of {method.full_title}: {reason}. {REPLACE}")

@@ -79,7 +79,7 @@ class Session:
         self._encoded: list[tuple[Latent, Latent]] = []  # of each of `inits`; see `_encode`
         log.info(
             "%s, weight %g, from %g to %g",
-            self.method.label,
+            self.method.full_title,
             request.weight,
             request.starting_step,
             request.ending_step,
@@ -320,8 +320,8 @@ class Session:
 def check_family(method: Method, model: BaseModel) -> None:
     if model.family is not method.family:
         raise LayerDiffuseError(
-            f"{method.label} needs a plain {method.family.word} checkpoint, but {model.checkpoint} is {model.kind}. "
-            "Choose another checkpoint, or a method for this one."
+            f"{method.full_title} needs a plain {method.family.word} checkpoint, but {model.checkpoint} is "
+            f"{model.kind}. Choose another checkpoint, or a method for this one."
         )
 
 

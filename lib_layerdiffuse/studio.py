@@ -122,7 +122,7 @@ class Studio:
         method = request.method
         if method.family is not self.host.family:
             raise LayerDiffuseError(
-                f"{method.label} needs {method.family.word}, but the model is {self.host.family.word}. "
+                f"{method.full_title} needs {method.family.word}, but the model is {self.host.family.word}. "
                 "Choose another model, or a method for this one."
             )
 
@@ -223,7 +223,7 @@ def problems(job: Job, request: Request | None) -> Iterator[str]:
             f"{1 / job.steps:.2g}, or at least {ceil(1 / job.strength)} steps."
         )
     if job.inits and request and request.method.chain:
-        yield f"{request.method.label} runs several methods, which cannot start from a picture."
+        yield f"{request.method.full_title} runs several methods, which cannot start from a picture."
     for words in (job.prompt, job.negative):
         if any("\ud800" <= letter <= "\udfff" for letter in words):
             yield f"The prompt {shortened(words)} is not text in UTF-8. Write it anew."

@@ -80,19 +80,19 @@ class Workshop:
         check_family(method, self.host.base_model(p))
         if method.frames > 1 and self.host.upscales(p):
             raise LayerDiffuseError(
-                f"{method.label} makes {method.frames} pictures that belong together, but the upscale button has only "
-                f"one. Tick Hires. fix and generate all of them, or {SWITCH_OFF}."
+                f"{method.full_title} makes {method.frames} pictures that belong together, but the upscale button has "
+                f"only one. Tick Hires. fix and generate all of them, or {SWITCH_OFF}."
             )
         check_mask(self.host, p)
         count = len(distinct(self.host.init_images(p)))
         if method.frames > 1 and count > 1:
             raise LayerDiffuseError(
-                f"{method.label} makes {method.frames} pictures from one init image, but {count} came. "
+                f"{method.full_title} makes {method.frames} pictures from one init image, but {count} came. "
                 "Send one at a time."
             )
         if method.chain and count:
             raise LayerDiffuseError(
-                f"{method.label} starts from nothing. Use it in txt2img, or choose a method of one step here."
+                f"{method.full_title} starts from nothing. Use it in txt2img, or choose a method of one step here."
             )
 
     def _announce(self, p: Any, request: Request) -> None:
