@@ -77,7 +77,7 @@ class Routes:
         return CheckpointAnswer(name=file.stem, family=self.workshop.chosen_family()) if file else None
 
     async def list_methods(self) -> list[MethodAnswer]:
-        """The methods, in the order of the panel; how to use one in a job, the README says under *API*."""
+        """The methods, in the order of the panel; how to use one in a job, docs/api.md says."""
         family = self.workshop.chosen_family()
         return [self._method(number, method, family) for number, method in enumerate(METHODS)]
 
