@@ -69,7 +69,7 @@ class World:
         together = f"{TOGETHER} over {background}"
         words = {"fg_prompt": TOGETHER, "bg_prompt": background, "blend_prompt": together}
         made = self.painted("", 30, Request.parse([{"method": key, "bg_image": image, **words}]))
-        return f"{find_method(key).label}: {together}", shown(made if image is None else {Layer.BG: image, **made})
+        return f"{find_method(key).full_title}: {together}", shown(made if image is None else {Layer.BG: image, **made})
 
 
 def rows() -> list[Row]:
@@ -78,7 +78,7 @@ def rows() -> list[Row]:
     behind = [world.painted(prompt, 20)[None] for prompt in BACKGROUNDS]
     said = [" ".join(prompt.split()[:4]) for prompt in TRANSPARENT]
     return [
-        *((find_method(key).label, list(zip(said, map(on_checkerboard, made)))) for key, made in alone.items()),
+        *((find_method(key).full_title, list(zip(said, map(on_checkerboard, made)))) for key, made in alone.items()),
         ("The same on new backgrounds", [("", over(each, behind[i % 2])) for i, each in enumerate(alone[ALONE[-1]])]),
         *(world.layers(key, BEHIND) for key in FROM_WORDS),
         *(world.layers(key, BACKGROUNDS[0], behind[0]) for key in FROM_A_BACKGROUND),

@@ -68,12 +68,18 @@ class Step:
 class Method:
     """One way of working: images the user supplies, in condition order, and what each consecutive picture shows."""
 
-    label: str
+    title: str  # as the panel's list of one family has it
+    label: str  # as the older extension has it: infotexts and API calls
     family: Family
     key: str  # short name, for API calls; of a method with weights, what the file's name has in its middle
     inputs: tuple[Layer, ...]
     outputs: tuple[Layer, ...]
     chain: tuple[Step, ...] = ()  # run one after the other, each with what those before it made; empty: one run
+
+    @property
+    def full_title(self) -> str:
+        """The title among those of all families, and in sentences."""
+        return f"{self.title} ({self.family.word})"
 
     @property
     def frames(self) -> int:
@@ -104,54 +110,66 @@ class Method:
 _SD15, _SDXL = Family.SD15, Family.SDXL
 _FG, _BG, _BLEND = Layer
 
-# The labels are those of the older extension, so that saved infotexts and API calls stay valid.
+# With the older extension's labels saved infotexts and API calls stay valid.
 METHODS = (
     Method(
+        "Transparent picture",
         "(SD1.5) Only Generate Transparent Image (Attention Injection)",
         _SD15, "sd15_transparent_attn", (), (_FG,),
     ),
     Method(
+        "Background for a foreground",
         "(SD1.5) From Foreground to Background (need batch size 2)",
         _SD15, "sd15_fg2bg", (_FG,), (_BG, _BLEND),
     ),
     Method(
+        "Foreground for a background",
         "(SD1.5) From Background to Foreground (need batch size 2)",
         _SD15, "sd15_bg2fg", (_BG,), (_FG, _BLEND),
     ),
     Method(
+        "Layers from a prompt",
         "(SD1.5) Generate Everything Together (need batch size 3)",
         _SD15, "sd15_joint", (), (_FG, _BG, _BLEND),
     ),
     Method(
+        "Transparent picture",
         "(SDXL) Only Generate Transparent Image (Attention Injection)",
         _SDXL, "xl_transparent_attn", (), (_FG,),
     ),
     Method(
+        "Transparent picture by conv",
         "(SDXL) Only Generate Transparent Image (Conv Injection)",
         _SDXL, "xl_transparent_conv", (), (_FG,),
     ),
     Method(
+        "Blend for a foreground",
         "(SDXL) From Foreground to Blending",
         _SDXL, "xl_fg2ble", (_FG,), (_BLEND,),
     ),
     Method(
+        "Background for a foreground and its blend",
         "(SDXL) From Foreground and Blending to Background",
         _SDXL, "xl_fgble2bg", (_FG, _BLEND), (_BG,),
     ),
     Method(
+        "Blend for a background",
         "(SDXL) From Background to Blending",
         _SDXL, "xl_bg2ble", (_BG,), (_BLEND,),
     ),
     Method(
+        "Foreground for a background and its blend",
         "(SDXL) From Background and Blending to Foreground",
         _SDXL, "xl_bgble2fg", (_BG, _BLEND), (_FG,),
     ),
     Method(
+        "Layers from a prompt",
         "(SDXL) From Prompt to Foreground, Blending and Background",
         _SDXL, "xl_everything", (), (_FG, _BLEND, _BG),
         (Step("xl_transparent_attn"), Step("xl_fg2ble"), Step("xl_fgble2bg", stop_at=0.5, avoids="DPM")),
     ),
     Method(
+        "Foreground for a background",
         "(SDXL) From Background to Blending and Foreground",
         _SDXL, "xl_bg2blefg", (_BG,), (_BLEND, _FG),
         (Step("xl_bg2ble"), Step("xl_bgble2fg", avoids="DPM")),
@@ -160,17 +178,18 @@ METHODS = (
 
 
 def find_method(value: object) -> Method:
-    """The method with this label, key or position in METHODS (from 0); upper and lower case are one."""
-    named = {name.casefold(): method for method in METHODS for name in (method.label, method.key)}
+    """The method with this full title, label, key or position in METHODS (from 0); upper and lower case are one."""
+    named = {name.casefold(): each for each in METHODS for name in (each.full_title, each.label, each.key)}
     numbered = dict(enumerate(METHODS))
     if isinstance(value, str) and (method := named.get(value.strip().casefold())):
         return method
     if type(value) is int and value in numbered:  # not isinstance: True is no number here
         return numbered[value]
-    near = dict.fromkeys(named[name].label for name in nearest(value, named, count=2))
+    near = dict.fromkeys(named[name].full_title for name in nearest(value, named, count=2))
     raise LayerDiffuseError(
         f"There is no method {shortened(value)}. The nearest are {listed(near)}. "
-        f"Name a method by its label, its key such as {METHODS[0].key}, or its number from 0 to {len(METHODS) - 1}."
+        f"Name a method by its title, its label, its key such as {METHODS[0].key}, or its number from 0 to "
+        f"{len(METHODS) - 1}."
     )
 
 

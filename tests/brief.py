@@ -1,6 +1,6 @@
 """Of the tests that drive a real Forge, one for each kind of thing: those that CI has the time for.
 
-The others run by hand: make forge-test-full, make ui-test-full.
+The others run by hand: python tasks.py forge-test-full ui-test-full.
 """
 
 from collections.abc import Sequence

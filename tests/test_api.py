@@ -27,6 +27,7 @@ from lib_layerdiffuse.methods import METHODS, Family
 from lib_layerdiffuse.nets.decoder import TransparentDecoder
 from lib_layerdiffuse.nets.encoder import TransparentEncoder
 from lib_layerdiffuse.vae import TransparentVAE
+from lib_layerdiffuse.version import own_version
 from lib_layerdiffuse.webui.api import guards, routes
 from lib_layerdiffuse.webui.api.guards import AT_ONCE, MAX_BODY, PIECE
 from lib_layerdiffuse.webui.extension import Extension
@@ -237,6 +238,7 @@ def test_methods(client, host):
     rows = client.get("methods").json()
     assert [row["key"] for row in rows] == [method.key for method in METHODS]
     assert rows[1] == {
+        "title": "Background for a foreground (SD1.5)",
         "label": "(SD1.5) From Foreground to Background (need batch size 2)",
         "key": "sd15_fg2bg",
         "number": 1,
@@ -261,7 +263,7 @@ def test_methods_where_nobody_knows_the_checkpoint(client, host, content):
 def test_health(client, host):
     expected = {
         "status": "ok",
-        "version": "0.1.0",
+        "version": own_version(),
         "host": "Small UI 1",
         "checkpoint": None,
         "busy": False,

@@ -14,6 +14,8 @@ from PIL import Image
 from lib_layerdiffuse.__main__ import main
 from lib_layerdiffuse.cli import commands
 from lib_layerdiffuse.images.rgba import over
+from lib_layerdiffuse.methods import METHODS
+from lib_layerdiffuse.version import own_version
 from tests.odd_files import BLUE, CLEAR, RED, bomb, file_of, half
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +49,20 @@ def refused(*words: str) -> str:
         main(words)
     assert isinstance(caught.value.code, str)  # Python prints it and exits with 1
     return caught.value.code
+
+
+def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["methods"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(METHODS) and "xl_fg2ble: Blend for a foreground (SDXL)" in lines
+    main(["methods", "--json"])
+    assert json.loads(capsys.readouterr().out)["xl_fg2ble"] == "Blend for a foreground (SDXL)"
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"{own_version()}\n"
 
 
 @pytest.mark.parametrize(

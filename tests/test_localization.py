@@ -29,7 +29,7 @@ def controls():
 
 def choices():
     yield layers.AS_IN_SETTINGS
-    yield from (method.label for method in METHODS)
+    yield from (title for method in METHODS for title in (method.title, method.full_title))
     yield from (mode.value for mode in ResizeMode)
     yield from differential.SOURCES
     for extra in EXTRAS.values():
@@ -52,7 +52,7 @@ def literals(path):
     docstrings = [node.value for node in nodes if isinstance(node, ast.Expr)]
     strings = [node for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     for text in (node.value for node in strings if node not in docstrings):
-        if " " in text.strip() and not any(mark in text for mark in ("=>", "&nbsp;", "</")):
+        if " " in text.strip() and not any(mark in text for mark in ("=>", "&nbsp;", "<")):
             yield text
 
 

@@ -23,6 +23,21 @@ from lib_layerdiffuse.methods import (
 )
 from lib_layerdiffuse.weights.released import ASSETS
 
+TITLES = {
+    "sd15_transparent_attn": "Transparent picture",
+    "sd15_fg2bg": "Background for a foreground",
+    "sd15_bg2fg": "Foreground for a background",
+    "sd15_joint": "Layers from a prompt",
+    "xl_transparent_attn": "Transparent picture",
+    "xl_transparent_conv": "Transparent picture by conv",
+    "xl_fg2ble": "Blend for a foreground",
+    "xl_fgble2bg": "Background for a foreground and its blend",
+    "xl_bg2ble": "Blend for a background",
+    "xl_bgble2fg": "Foreground for a background and its blend",
+    "xl_everything": "Layers from a prompt",
+    "xl_bg2blefg": "Foreground for a background",
+}
+
 # number, family, key, inputs > outputs
 ROWS = [
     (0, "sd15", "sd15_transparent_attn", " > fg"),
@@ -88,6 +103,13 @@ def test_a_method_without_a_chain_is_its_only_step_and_has_weights(method: Metho
     assert method.weights in ASSETS
 
 
+def test_titles_are_unique_in_their_family_and_with_it_among_all() -> None:
+    assert {method.key: method.title for method in METHODS} == TITLES
+    for family in Family:
+        assert len({method.title for method in methods_of(family)}) == len(methods_of(family))
+    assert [method.full_title for method in METHODS] == [f"{each.title} ({each.family.word})" for each in METHODS]
+
+
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.key)
 def test_label_starts_with_the_family(method: Method) -> None:
     assert method.label.startswith(f"({method.family.word}) ")
@@ -101,21 +123,23 @@ def test_label_asks_for_the_batch_that_frames_sampled_together_need(method: Meth
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.key)
-def test_found_by_label_key_and_number(method: Method) -> None:
-    names = (method.label, method.key, METHODS.index(method), f" {method.label.upper()} ", method.key.upper())
+def test_found_by_title_label_key_and_number(method: Method) -> None:
+    words = (method.full_title, method.label, method.key)
+    names = (*words, METHODS.index(method), *(f" {each.upper()} " for each in words))
     assert [find_method(name) for name in names] == [method] * len(names)
 
 
 @pytest.mark.parametrize(
     ("value", "named", "near"),
     [
-        ("(SDXL) Only Generate Transparent Image (Attention)", "Image (Attention)", "Image (Attention Injection)"),
-        ("xl_everythin", "'xl_everythin'", "(SDXL) From Prompt to Foreground, Blending and Background"),
-        ("xl_fg2bl", "'xl_fg2bl'", "(SDXL) From Foreground to Blending"),
-        ("(SD15) Generate Everything", "Everything", "(SD1.5) Generate Everything Together (need batch size 3)"),
+        ("(SDXL) Only Generate Transparent Image (Attention)", "Image (Attention)", '"Transparent picture (SDXL)"'),
+        ("xl_everythin", "'xl_everythin'", '"Layers from a prompt (SDXL)"'),
+        ("xl_fg2bl", "'xl_fg2bl'", '"Blend for a foreground (SDXL)"'),
+        ("(SD15) Generate Everything", "Everything", '"Layers from a prompt (SD1.5)"'),
+        ("Layers from a prompt", "'Layers", '"Layers from a prompt (SDXL)" or "Layers from a prompt (SD1.5)"'),
         (12, "12", "from 0 to 11"),
         (-1, "-1", "from 0 to 11"),
-        (True, "True", "its number"),
+        (True, "True", "its title"),
         (4.0, "4.0", "its number"),
         (None, "None", "its label"),
         ("", "''", "its key"),

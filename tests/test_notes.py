@@ -46,14 +46,14 @@ def test_silence_where_there_is_nothing_to_say(method: Method) -> None:
 def test_an_image_that_the_method_does_not_take_is_named(method: Method) -> None:
     for layer in set(Layer) - set(method.inputs):
         surplus = picture([255], (3, 3))  # neither its size nor its alpha matters
-        assert only(noted(method.key, **{f"{layer.value}_image": surplus}), method.label, f"no {layer.word} image")
+        assert only(noted(method.key, **{f"{layer.value}_image": surplus}), method.full_title, f"no {layer.word} image")
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.key)
 def test_a_prompt_for_what_the_method_does_not_make_is_named(method: Method) -> None:
     for layer in set(Layer) - set(method.outputs):
         found = noted(method.key, **{f"{layer.value}_prompt": "a cat"})
-        assert only(found, method.label, f"makes no {layer.word}", f"the {layer.word} prompt was not used")
+        assert only(found, method.full_title, f"makes no {layer.word}", f"the {layer.word} prompt was not used")
 
 
 @pytest.mark.parametrize("mode", ["Just Resize", "Crop and Resize", "Resize and Fill"])

@@ -137,7 +137,7 @@ def test_off_looks_no_further(args: list[object]) -> None:
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.key)
 def test_method_by_any_name(method: Method) -> None:
-    for name in (method.label, method.key, METHODS.index(method)):
+    for name in (method.full_title, method.label, method.key, METHODS.index(method)):
         assert parsed(posted(method=name, **IMAGES)).method is method
 
 
@@ -303,7 +303,7 @@ def test_a_missing_image_is_named_with_its_box_and_its_api_name(method: Method) 
         call = posted(method=method.key, **IMAGES | {f"{layer.value}_image": " "})
         if layer in method.inputs:
             message = refusal(call)
-            assert f"{method.label} needs a {layer.word} image" in message
+            assert f"{method.full_title} needs a {layer.word} image" in message
             assert f"the {box} box" in message
             assert f"send it as {layer.value}_image" in message
         else:
@@ -496,7 +496,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=8,
 )
-METHOD = st.sampled_from([name for row in METHODS for name in (row.label, row.key, METHODS.index(row))])
+METHOD = st.sampled_from([name for row in METHODS for name in (row.full_title, row.label, row.key, METHODS.index(row))])
 PART = st.floats(0, 1) | st.sampled_from([0, 1, "1", "0.5"])
 IMAGE = st.sampled_from([SENT, f"data:image/jpeg;base64,{in_base64(JPG)}", PIXELS, PICTURE])
 GOOD = {

@@ -12,10 +12,12 @@ from lib_layerdiffuse.images.reading import read_file
 from lib_layerdiffuse.methods import Family
 from lib_layerdiffuse.request.layers import FORM
 from lib_layerdiffuse.vae import PASSES
+from lib_layerdiffuse.version import own_version
 
 ABOUT = """LayerDiffuse without a web UI.
 
     python -m lib_layerdiffuse generate --model MODEL --prompt "a glass bottle" --output out
+    python -m lib_layerdiffuse methods
     python -m lib_layerdiffuse encode picture.png latent.safetensors
     python -m lib_layerdiffuse decode latent.safetensors picture.png
     python -m lib_layerdiffuse compose foreground.png background.png blend.png
@@ -36,6 +38,7 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="lib_layerdiffuse", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    top.add_argument("--version", action="version", version=own_version())
     parsers = top.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, about: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -45,6 +48,7 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
         one.set_defaults(run=commands[name])
         return one
 
+    command("methods", "what there is for `generate --method`")
     add_generate(command("generate", "make transparent pictures and layers", model))
     encoding = command("encode", "a picture with its transparency -> a latent", model, target)
     encoding.add_argument("picture", type=Path)

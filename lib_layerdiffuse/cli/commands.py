@@ -19,7 +19,7 @@ from lib_layerdiffuse.cli.models import USUAL_CFG, WORLD_CFG, open_runner, quiet
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.images.reading import read_file
 from lib_layerdiffuse.images.rgba import from_pil, has_alpha, over, to_pil
-from lib_layerdiffuse.methods import Family, Layer
+from lib_layerdiffuse.methods import METHODS, Family, Layer
 from lib_layerdiffuse.request.advice import alpha_note, notes
 from lib_layerdiffuse.request.layers import Request
 from lib_layerdiffuse.tensors import Latent, Rgb
@@ -31,7 +31,9 @@ TRANSPARENT = "a picture with transparency"
 
 
 def run(words: Sequence[str] | None) -> None:
-    arguments = parser({each.__name__: each for each in (generate, encode, decode, compose, metrics)}).parse_args(words)
+    arguments = parser(
+        {each.__name__: each for each in (methods, generate, encode, decode, compose, metrics)}
+    ).parse_args(words)
     quieten()
     logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="%(message)s")
     found = arguments.run(arguments)
@@ -48,6 +50,10 @@ def say(stream: TextIO, line: str) -> None:
     """Also where the terminal has no letters for a file's name."""
     encoding = stream.encoding or "utf-8"
     stream.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+
+
+def methods(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {method.key: method.full_title for method in METHODS}
 
 
 def generate(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -108,8 +108,8 @@ def check_family(method: Method, model: BaseModel) -> None:
     """Raises LayerDiffuseError where the method is for models of another family."""
     if model.family is not method.family:
         raise LayerDiffuseError(
-            f"{method.label} needs a plain {method.family.word} checkpoint, but {model.checkpoint} is {model.kind}. "
-            "Choose another checkpoint, or a method for this one."
+            f"{method.full_title} needs a plain {method.family.word} checkpoint, but {model.checkpoint} is "
+            f"{model.kind}. Choose another checkpoint, or a method for this one."
         )
 
 

@@ -217,7 +217,7 @@ def refuse_unfit(unet: Any, injection: Injection, patch: WeightPatch) -> None:
     found = dict(unet.model.named_parameters())
     if any(hasattr(weight, mark) for weight in found.values() for mark in ("bnb_quantized", "gguf_cls")):
         raise LayerDiffuseError(
-            f"{injection.method.label} adds to the weights of the UNet, which is quantised (NF4 or GGUF) in this "
+            f"{injection.method.full_title} adds to the weights of the UNet, which is quantised (NF4 or GGUF) in this "
             "checkpoint. Choose a checkpoint in fp16, bf16 or fp8."
         )
     if reason := patch.misfit(found):

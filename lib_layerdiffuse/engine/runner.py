@@ -221,7 +221,7 @@ def problems(task: Task, request: Request | None, samplers: Collection[str]) -> 
             f"{1 / task.steps:.2g}, or at least {ceil(1 / task.strength)} steps."
         )
     if task.inits and request and request.method.chain:
-        yield f"{request.method.label} runs several methods, which cannot start from a picture."
+        yield f"{request.method.full_title} runs several methods, which cannot start from a picture."
     for words in (task.prompt, task.negative):
         if any("\ud800" <= letter <= "\udfff" for letter in words):
             yield f"The prompt {shortened(words)} is not text in UTF-8. Write it anew."

@@ -108,4 +108,4 @@ UNSHARED = "it shares attention between layers of SD1.5, which this UNet does no
 
 def misfit(method: Method, reason: str) -> LayerDiffuseError:
     """The sentence for a file that is whole but cannot serve."""
-    return LayerDiffuseError(f"{method.weights} is not the weight file of {method.label}: {reason}. {REPLACE}")
+    return LayerDiffuseError(f"{method.weights} is not the weight file of {method.full_title}: {reason}. {REPLACE}")

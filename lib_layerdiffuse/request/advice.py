@@ -32,10 +32,10 @@ def notes(request: Request, width: int, height: int, sampler: str) -> Iterator[s
     method = request.method
     for layer in request.images:
         if layer not in method.inputs:
-            yield f"{method.label} takes no {layer.word} image: the one given was not used."
+            yield f"{method.full_title} takes no {layer.word} image: the one given was not used."
     for layer in request.prompts:
         if layer not in method.outputs:
-            yield f"{method.label} makes no {layer.word}: the {layer.word} prompt was not used."
+            yield f"{method.full_title} makes no {layer.word}: the {layer.word} prompt was not used."
     for layer in method.inputs:
         [image] = request.images[layer]
         if image.size != (width, height):

@@ -214,8 +214,8 @@ class Request:
             if layer not in self.images:
                 name = f"{layer.value}_image"
                 raise LayerDiffuseError(
-                    f"{self.method.label} needs a {layer.word} image. Put one into the {FORM.label(name)} box, or "
-                    f"send it as {name}."
+                    f"{self.method.full_title} needs a {layer.word} image. Put one into the {FORM.label(name)} "
+                    f"box, or send it as {name}."
                 )
 
     def _refuse_nothing(self) -> None:

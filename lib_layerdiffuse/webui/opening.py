@@ -56,18 +56,19 @@ def check_method(host: Host, p: Job, method: Method) -> None:
     check_family(method, host.backend.base_model())
     if method.frames > 1 and host.upscales(p):
         raise LayerDiffuseError(
-            f"{method.label} makes {method.frames} pictures that belong together, but the upscale button has only "
+            f"{method.full_title} makes {method.frames} pictures that belong together, but the upscale button has only "
             f"one. Tick Hires. fix and generate all of them, or {SWITCH_OFF}."
         )
     check_mask(host, p)
     count = len(distinct(host.init_images(p)))
     if method.frames > 1 and count > 1:
         raise LayerDiffuseError(
-            f"{method.label} makes {method.frames} pictures from one init image, but {count} came. Send one at a time."
+            f"{method.full_title} makes {method.frames} pictures from one init image, but {count} came. "
+            "Send one at a time."
         )
     if method.chain and count:
         raise LayerDiffuseError(
-            f"{method.label} starts from nothing. Use it in txt2img, or choose a method of one step here."
+            f"{method.full_title} starts from nothing. Use it in txt2img, or choose a method of one step here."
         )
 
 

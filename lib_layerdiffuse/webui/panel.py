@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -30,6 +32,7 @@ from lib_layerdiffuse.request import differential
 from lib_layerdiffuse.request.form import Form
 from lib_layerdiffuse.request.layers import AS_IN_SETTINGS, FORM
 from lib_layerdiffuse.vae import PASSES
+from lib_layerdiffuse.version import own_version
 from lib_layerdiffuse.webui.extension import Extension
 from lib_layerdiffuse.webui.status_line import Sentence, forecast
 from lib_layerdiffuse.weights.downloads import State, Status
@@ -37,6 +40,7 @@ from lib_layerdiffuse.weights.downloads import State, Status
 TITLE = "LayerDiffuse"
 TABS = ("txt2img", "img2img")
 LABELS = [method.label for method in METHODS]
+LOCALIZATIONS = Path(__file__).resolve().parents[1] / "localizations"
 LOOK_S = 0.5  # between two looks at a download
 
 # PNG: a picture sent to the box would otherwise come back from a WebP with loss.
@@ -47,6 +51,7 @@ prompt_box = partial(gr.Textbox, lines=1, placeholder="for this layer alone")
 
 # How each field of Controls is shown.
 PARTS: Mapping[str, Callable[..., Any]] = {
+    # Labels until the page is loaded: the web UI drops a saved default that the list does not say (ui_loadsave.py:101).
     "method": partial(gr.Dropdown, LABELS, scale=4),
     "weight": partial(gr.Slider, 0.0, 2.0, step=0.01),
     "starting_step": partial(gr.Slider, 0.0, 1.0, step=0.01),
@@ -132,6 +137,7 @@ class Panel:
             for row in ROWS:
                 with gr.Row():
                     self.parts |= {name: part(FORM, PARTS, name, panel) for name in row}
+            gr.HTML(f"<small>{TITLE} {own_version()}</small>", elem_id=f"{panel}-version")
             show_what_is_used(self.parts, "method", lambda label: visible(find_method(label)))
 
     @property
@@ -182,7 +188,7 @@ class Panel:
         downloading = any(status.state is State.DOWNLOADING for status in weights)
         absent = any(status.state is not State.PRESENT for status in weights)
         return [
-            as_html(forecast(method, int(batch_size), weights, family)),
+            titled(as_html(forecast(method, int(batch_size), weights, family)), method),
             gr.update(visible=absent and not downloading),
             gr.update(visible=downloading),
         ]
@@ -257,8 +263,23 @@ class Page:
 
 def fitting(method: Method, family: Family | None) -> Any:
     """The list of methods for a family (None: all of them), with what comes nearest to `method` chosen."""
-    methods = methods_of(family)
-    return gr.update(choices=[m.label for m in methods], value=counterpart(method, methods).label)
+    return gr.update(choices=choices(family), value=counterpart(method, methods_of(family)).label)
+
+
+def choices(family: Family | None) -> list[tuple[str, str]]:
+    """What the list of methods says, and what stands for it in jobs, infotexts and saved defaults."""
+    return [(worded(each.title if family else each.full_title), each.label) for each in methods_of(family)]
+
+
+def worded(words: str) -> str:
+    """In the page's language. The web UI translates what stands in a list, but not what is chosen from it."""
+    translation = LOCALIZATIONS / f"{shared.opts.localization}.json"
+    return json.loads(translation.read_text(encoding="utf-8"))[words] if translation.is_file() else words
+
+
+def titled(html: str, method: Method) -> str:
+    """With what infotexts and API calls call the method, for who points at it."""
+    return f'<div title="{FORM.infotext("method")}: {escape(method.label)} ({method.key})">{html}</div>'
 
 
 def as_html(sentences: Iterator[Sentence]) -> str:
@@ -307,7 +328,7 @@ def pasted(form: Form, name: str, parameters: Mapping[str, Any]) -> Any:
     """A pasted method may be for another checkpoint than the chosen one: the list has all of them then."""
     value = form.pasted(name, parameters)
     # Of this kind, which both gradio and the host's API (modules/api/api.py:405) take for an update.
-    return {**gr.update(value=value, choices=LABELS), "__type__": "generic_update"} if value in LABELS else value
+    return {**gr.update(value=value, choices=choices(None)), "__type__": "generic_update"} if value in LABELS else value
 
 
 def notice(tab: str, text: str) -> list[Any]:

@@ -69,7 +69,7 @@ class Session:
         self._encoded: list[tuple[Latent, Latent]] = []  # of each of `inits`; see `_encode`
         log.info(
             "%s, weight %g, from %g to %g",
-            self.method.label,
+            self.method.full_title,
             request.weight,
             request.starting_step,
             request.ending_step,

@@ -16,7 +16,7 @@ PREFIX = "[LayerDiffuse]"
 
 # A control, the type of its values, and what they are chosen from.
 AXES: Sequence[tuple[str, type, Callable[[], list[str]] | None]] = (
-    ("method", str, lambda: [method.label for method in METHODS]),
+    ("method", str, lambda: [method.full_title for method in METHODS]),
     ("weight", float, None),
     ("starting_step", float, None),
     ("ending_step", float, None),

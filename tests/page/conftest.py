@@ -15,7 +15,7 @@ from tests import brief
 from tests.forge import data
 from tests.forge.client import Forge
 from tests.forge.conftest import installation, replaced_layer_file  # noqa: F401 – fixtures
-from tests.page.tab import LOAD_LIMIT_S, PATIENCE_S, Tab, load, loaded
+from tests.page.tab import LOAD_LIMIT_S, PATIENCE_S, TRANSPARENT, Tab, load, loaded
 from tools.browser import BrowserError, find_browser
 from tools.forge import Installation, free_port
 
@@ -110,15 +110,16 @@ def img2img(page: Page) -> Tab:
 @pytest.fixture
 def in_chinese(page: Page, forge: Forge) -> Iterator[Callable[[], None]]:
     """Translates the page; it is in English again in the end."""
-    yield lambda: speak(page, forge, "zh_CN")
-    speak(page, forge, "None")
+    yield lambda: speak(page, forge, "zh_CN", "透明图像")
+    speak(page, forge, "None", TRANSPARENT)
 
 
-def speak(page: Page, forge: Forge, language: str) -> None:
+def speak(page: Page, forge: Forge, language: str, method: str) -> None:
+    """method: the first one, in that language."""
     forge.set_options(localization=language)
     with page.expect_navigation(wait_until="domcontentloaded", timeout=LOAD_LIMIT_S * 1000):
         page.locator("#footer a[onclick*=settings_restart_gradio]").click()  # Reload UI, in whatever language
-    loaded(page)
+    loaded(page, method)
 
 
 @pytest.fixture(scope="session")

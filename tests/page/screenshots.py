@@ -11,8 +11,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from tests.forge.client import SD15_FG_TO_BG
-from tests.page.tab import Tab, eventually
+from tests.page.tab import BACKGROUND, Tab, eventually
+from tests.page.test_language import WORDS
 from tools.forge import CHECKOUT
 
 FOLDER = Path(os.environ.get("LAYERDIFFUSE_SCREENSHOTS", CHECKOUT / "docs"))
@@ -27,9 +27,9 @@ def save(what, name):
     assert path.stat().st_size < LIMIT
 
 
-def save_panel(tab, cutout, name):
+def save_panel(tab, cutout, name, method=BACKGROUND):
     """With a method that takes an image, and all that the status line can say."""
-    tab.choose(SD15_FG_TO_BG)
+    tab.choose(method)
     tab.upload("fg_image", cutout)
     eventually(lambda: len(tab.status), 3)
     save(tab.panel, name)
@@ -50,4 +50,4 @@ def test_screenshot_in_chinese(page, in_chinese, cutout):
     in_chinese()
     tab = Tab(page, "txt2img")
     tab.open()
-    save_panel(tab, cutout, "panel-zh")
+    save_panel(tab, cutout, "panel-zh", WORDS[BACKGROUND])

@@ -13,7 +13,11 @@ from typing import Any
 from PIL import Image
 from playwright.sync_api import Download, Locator, Page, expect
 
-from tests.forge.client import SD15_ATTENTION
+# What the list says of the methods for one kind of checkpoint; the list of all says the kind too.
+TRANSPARENT = "Transparent picture"
+BACKGROUND = "Background for a foreground"
+FOREGROUND = "Foreground for a background"
+LAYERS = "Layers from a prompt"
 
 PATIENCE_S = 20
 JOB_LIMIT_S = 120
@@ -225,10 +229,10 @@ def load(page: Page) -> None:
     loaded(page)
 
 
-def loaded(page: Page) -> None:
-    """Wait until the load events are through: they fill the status line and the list of methods."""
+def loaded(page: Page, method: str = TRANSPARENT) -> None:
+    """Wait until the load events are through: they fill the status line and the list, where this is chosen."""
     expect(page.locator("#layerdiffuse-txt2img-status span").first).to_be_attached(timeout=LOAD_LIMIT_S * 1000)
-    eventually(lambda: Tab(page, "txt2img").method, SD15_ATTENTION)
+    eventually(lambda: Tab(page, "txt2img").method, method)
 
 
 def show(page: Page, title: str) -> None:

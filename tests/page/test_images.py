@@ -6,8 +6,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect
 
-from tests.forge.client import SD15_FG_TO_BG
-from tests.page.tab import content_hash
+from tests.page.tab import BACKGROUND, content_hash
 
 DROP = """data => {
     const bytes = Uint8Array.from(atob(data), character => character.charCodeAt(0));
@@ -45,7 +44,7 @@ def paste(tab, file):
 @pytest.mark.parametrize(("give", "name"), [(upload, "cutout"), (drop, "cutout"), (paste, "stencil")])
 def test_alpha_arrives(txt2img, request, give, name):
     file = request.getfixturevalue(name)
-    txt2img.choose(SD15_FG_TO_BG)
+    txt2img.choose(BACKGROUND)
     expect(txt2img.part("fg_image")).to_be_visible()
     give(txt2img, file)
     txt2img.expect_filled("fg_image")

@@ -2,14 +2,15 @@
 
 from playwright.sync_api import expect
 
-from tests.forge.client import SD15_ATTENTION, SD15_FG_TO_BG, SD15_JOINT
-from tests.page.tab import Tab, eventually, load, show
-from tests.page.test_panel import SDXL_EVERYTHING, SHOWN
+from tests.forge.client import SD15_FG_TO_BG, SD15_JOINT
+from tests.page.tab import LAYERS, TRANSPARENT, Tab, eventually, load, show
+from tests.page.test_panel import SHOWN
 
+SDXL_EVERYTHING = "(SDXL) From Prompt to Foreground, Blending and Background"  # has a comma
 JOB = "apple\nSteps: 1, Sampler: Euler, Schedule type: Automatic, CFG scale: 7, Seed: 7, Size: 64x64"
 DEFAULTS = {
     "enabled": False,
-    "method": SD15_ATTENTION,
+    "method": TRANSPARENT,
     "weight": 1.0,
     "starting_step": 0.0,
     "ending_step": 1.0,
@@ -22,7 +23,7 @@ DEFAULTS = {
 }
 CHANGED = {
     "enabled": True,
-    "method": SD15_JOINT,
+    "method": f"{LAYERS} (SD1.5)",
     "weight": 0.65,
     "starting_step": 0.1,
     "ending_step": 0.9,
@@ -58,7 +59,7 @@ def test_an_infotext_fills_every_control_and_an_ordinary_one_switches_off(page):
         DEFAULTS
         | {
             "enabled": True,
-            "method": SD15_FG_TO_BG,
+            "method": "Background for a foreground (SD1.5)",
             "weight": 0.8,
             "ending_step": 0.5,
             "resize_mode": "Resize and Fill",
@@ -72,7 +73,7 @@ def test_an_infotext_fills_every_control_and_an_ordinary_one_switches_off(page):
 def test_a_pasted_method_may_be_for_another_checkpoint(page):
     tab = Tab(page, "txt2img")
     tab.paste(f'{JOB}, LayerDiffuse method: "{SDXL_EVERYTHING}", Version: x')
-    eventually(lambda: (tab.ticked, tab.method), (True, SDXL_EVERYTHING))
+    eventually(lambda: (tab.ticked, tab.method), (True, f"{LAYERS} (SDXL)"))
     assert tab.methods == list(SHOWN)
 
 

@@ -8,13 +8,10 @@ from PIL import Image, ImageChops
 from playwright.sync_api import expect
 
 from tests.forge.client import (
-    SD15_BG_TO_FG,
-    SD15_FG_TO_BG,
-    SDXL_FG_BLEND_TO_BG,
     alpha_varies,
     same,
 )
-from tests.page.tab import JOB_LIMIT_S, PATIENCE_S, Tab, content_hash, downloaded, eventually
+from tests.page.tab import BACKGROUND, FOREGROUND, JOB_LIMIT_S, PATIENCE_S, Tab, content_hash, downloaded, eventually
 
 
 def test_a_transparent_result_is_shown_and_downloaded(txt2img):
@@ -39,7 +36,7 @@ def test_a_result_becomes_the_foreground_of_the_next_job(txt2img):
     result = txt2img.made()[0]
     txt2img.switch.uncheck()
     txt2img.send("layerdiffuse_fg")
-    eventually(lambda: (txt2img.ticked, txt2img.method), (True, SD15_FG_TO_BG))
+    eventually(lambda: (txt2img.ticked, txt2img.method), (True, BACKGROUND))
     txt2img.expect_filled("fg_image")
     assert same(txt2img.box_picture("fg_image"), result)
     sent = f"LayerDiffuse foreground image: {content_hash(result)},"
@@ -50,19 +47,19 @@ def test_any_picture_of_the_gallery_can_be_the_background(txt2img):
     result, opaque = txt2img.made()
     txt2img.select(1)
     txt2img.send("layerdiffuse_bg")
-    eventually(lambda: txt2img.method, SD15_BG_TO_FG)
+    eventually(lambda: txt2img.method, FOREGROUND)
     txt2img.expect_filled("bg_image")
     assert same(txt2img.box_picture("bg_image"), opaque)
     txt2img.select(0)
     txt2img.send("layerdiffuse_bg")  # which the chosen method takes already
     eventually(lambda: same(txt2img.box_picture("bg_image"), result), True)
-    assert txt2img.method == SD15_BG_TO_FG
+    assert txt2img.method == FOREGROUND
 
 
 def test_a_result_becomes_the_blend_of_the_methods_that_take_one(txt2img):
     result = txt2img.made()[0]
     txt2img.send("layerdiffuse_blend")
-    eventually(lambda: txt2img.method, SDXL_FG_BLEND_TO_BG)
+    eventually(lambda: txt2img.method, "Background for a foreground and its blend")
     txt2img.expect_filled("blend_image")
     assert same(txt2img.box_picture("blend_image"), result)
 

@@ -1,6 +1,6 @@
 """The tiny world's transparent pair: whether pictures come back from their latents, and what their offset costs.
 
-`make test` looks at one picture of each material, `make test-full` at more.
+`python tasks.py test` looks at one picture of each material, `python tasks.py test-full` at more.
 """
 
 from collections import defaultdict

@@ -1,6 +1,6 @@
 """The tiny world's pictures: whether they really are transparent, and what they should be.
 
-`make test` looks at one picture of each material, `make test-full` at more.
+`python tasks.py test` looks at one picture of each material, `python tasks.py test-full` at more.
 """
 
 from collections import defaultdict

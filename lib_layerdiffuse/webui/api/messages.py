@@ -74,8 +74,9 @@ class FileAnswer(BaseModel):
 class MethodAnswer(BaseModel):
     """One way of working."""
 
-    label: str
-    key: str = Field(description="Names the method in script args, as label and number do.")
+    title: str = Field(description="As the panel shows it, where methods of other families are shown too.")
+    label: str = Field(description="As infotexts have it.")
+    key: str = Field(description="Names the method in script args, as title, label and number do.")
     number: int
     family: Family = Field(description="The kind of checkpoint that it needs.")
     inputs: list[Layer] = Field(description="The images that it takes.")

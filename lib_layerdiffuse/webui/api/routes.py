@@ -5,7 +5,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
@@ -22,6 +21,7 @@ from lib_layerdiffuse.methods import METHODS, Family, Method, listed, nearest, n
 from lib_layerdiffuse.request.form import IMAGE_NEEDS
 from lib_layerdiffuse.tensors import Latent
 from lib_layerdiffuse.vae import LATENT_STRIDE
+from lib_layerdiffuse.version import own_version
 from lib_layerdiffuse.webui.api.guards import AnswerInPieces, BasicAuth, Client, route_class
 from lib_layerdiffuse.webui.api.messages import (
     MAX_LAYERS,
@@ -58,7 +58,7 @@ class Routes:
     def __init__(self, extension: Extension) -> None:
         self.extension = extension
         self.networks = Networks(extension)
-        self.version = version()
+        self.version = own_version()
 
     async def health(self) -> HealthAnswer:
         """What is installed, and whether it is at work. Answers at once, also while jobs wait."""
@@ -77,13 +77,14 @@ class Routes:
         return CheckpointAnswer(name=file.stem, family=self.extension.chosen_family()) if file else None
 
     async def list_methods(self) -> list[MethodAnswer]:
-        """The methods, in the order of the panel; how to use one in a job, the README says under *API*."""
+        """The methods, in the order of the panel; how to use one in a job, docs/api.md says."""
         family = self.extension.chosen_family()
         return [self._method(number, method, family) for number, method in enumerate(METHODS)]
 
     def _method(self, number: int, method: Method, family: Family | None) -> MethodAnswer:
         status = self.extension.downloads.status
         return MethodAnswer(
+            title=method.full_title,
             label=method.label,
             key=method.key,
             number=number,
@@ -165,13 +166,6 @@ def weight_answer(status: Status) -> WeightAnswer:
         address=address_of(asset.file),
         error=status.error,
     )
-
-
-def version() -> str:
-    """Of the extension: it is a folder in the web UI, not an installed package."""
-    text = (Path(__file__).resolve().parents[3] / "pyproject.toml").read_text(encoding="utf-8")
-    found = re.search(r'^version = "(.+)"', text, re.MULTILINE)
-    return found[1] if found else "unknown"
 
 
 # --- pictures and latents
@@ -351,6 +345,7 @@ class Examples:
         }
         self.methods = [
             {
+                "title": "Blend for a foreground (SDXL)",
                 "label": "(SDXL) From Foreground to Blending",
                 "key": "xl_fg2ble",
                 "number": 6,
@@ -363,7 +358,7 @@ class Examples:
         ]
         self.health = {
             "status": "ok",
-            "version": "0.1.0",
+            "version": own_version(),
             "host": "Stable Diffusion WebUI Forge 2.0.1v1.10.1",
             "checkpoint": {"name": "sd_xl_base_1.0", "family": "sdxl"},
             "busy": False,
