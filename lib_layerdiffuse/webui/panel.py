@@ -40,7 +40,7 @@ from lib_layerdiffuse.weights.downloads import State, Status
 TITLE = "LayerDiffuse"
 TABS = ("txt2img", "img2img")
 LABELS = [method.label for method in METHODS]
-LOCALIZATIONS = Path(__file__).resolve().parents[1] / "localizations"
+LOCALIZATIONS = Path(__file__).resolve().parents[2] / "localizations"
 LOOK_S = 0.5  # between two looks at a download
 
 # PNG: a picture sent to the box would otherwise come back from a WebP with loss.
