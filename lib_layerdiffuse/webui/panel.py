@@ -34,6 +34,7 @@ from lib_layerdiffuse.request.layers import AS_IN_SETTINGS, FORM
 from lib_layerdiffuse.vae import PASSES
 from lib_layerdiffuse.version import own_version
 from lib_layerdiffuse.webui.extension import Extension
+from lib_layerdiffuse.webui.gradio_kinds import AT_ONCE, IMAGE
 from lib_layerdiffuse.webui.status_line import Sentence, forecast
 from lib_layerdiffuse.weights.downloads import State, Status
 
@@ -43,10 +44,7 @@ LABELS = [method.label for method in METHODS]
 LOCALIZATIONS = Path(__file__).resolve().parents[2] / "localizations"
 LOOK_S = 0.5  # between two looks at a download
 
-# PNG: a picture sent to the box would otherwise come back from a WebP with loss.
-image_box = partial(
-    gr.Image, type="numpy", image_mode="RGBA", format="png", sources=["upload", "clipboard"], height=320
-)
+image_box = partial(gr.Image, type="numpy", image_mode="RGBA", height=320, **IMAGE)
 prompt_box = partial(gr.Textbox, lines=1, placeholder="for this layer alone")
 
 # How each field of Controls is shown.
@@ -162,8 +160,7 @@ class Panel:
             self._download,
             **show,
             show_progress=False,
-            trigger_mode="multiple",  # pressed again right after Cancel, the first may still be about to end
-            concurrency_limit=None,  # all pages follow at once
+            **AT_ONCE,  # pressed right after Cancel, the one before may still be about to end
         )
         method.change(None, cancels=[followed])  # the download itself goes on
         self.cancel.click(self._cancel, **show, **QUICK)
