@@ -82,12 +82,12 @@ PLANS = {
 @contextmanager
 def running(installation: Installation, side: str, extensions: Mapping[str, Path]) -> Iterator[Forge]:
     name = f"benchmark-{side}"
-    steps = data.root() / name / "steps.jsonl"
+    steps = data.folder_of(name) / "steps.jsonl"
     environment = {STEPS_VARIABLE: str(steps)}
     server = data.server(installation, name, {**extensions, "layerdiffuse-steps": PROBE}, environment, precision=())
     steps.write_text("", encoding="utf-8")
     with server:
-        forge = Forge(server, steps, data.root() / name)
+        forge = Forge(server, steps, data.folder_of(name))
         forge.use("sd15")
         yield forge
 

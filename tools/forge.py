@@ -1,9 +1,10 @@
-"""An installed Stable Diffusion WebUI Forge: find it, start it, stop it. Standard library only.
+"""An installed web UI of Forge's family: find it, start it, stop it. Standard library only.
 
-    python tools/forge.py run [arguments for Forge]     this checkout inside Forge, until Ctrl-C
+    python tools/forge.py run [arguments for it]     this checkout inside it, until Ctrl-C
 
-FORGE_DIR     where Forge is installed; default ~/stable-diffusion-webui-forge
-FORGE_PYTHON  the interpreter it runs with; default the one in Forge's own venv
+HOST          which of HOSTS; default forge
+FORGE_DIR     where it is installed; default as in HOSTS. NEO_DIR, REFORGE_DIR … of the others
+FORGE_PYTHON  the interpreter it runs with; default the one in its own venv. NEO_PYTHON … of the others
 """
 
 import argparse
@@ -25,9 +26,36 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 WINDOWS = os.name == "nt"
 VENV_PYTHON = "Scripts/python.exe" if WINDOWS else "bin/python"
 
+
+@dataclass(frozen=True)
+class Host:
+    """How one web UI is started: where it is, and arguments that not all of them know."""
+
+    folder: str
+    always: tuple[str, ...] = ()
+    without_gpu: tuple[str, ...] = ("--always-cpu", "--attention-pytorch")
+    models: str = "--models-dir"  # before the folder of models
+    half: tuple[str, ...] = ("--unet-in-fp16",)  # the UNet, in memory
+    options: Mapping[str, object] = field(default_factory=dict)  # without which it asks questions
+
+
 # The installation is taken as it is: nothing is installed, updated or downloaded.
-ALWAYS = ("--skip-install", "--skip-version-check", "--no-download-sd-model", "--no-hashing", "--api")
-WITHOUT_GPU = ("--always-cpu", "--skip-torch-cuda-test", "--attention-pytorch")
+ALWAYS = ("--skip-install", "--skip-version-check", "--no-hashing", "--api")
+LOGGING = ("--no-download-sd-model", "--loglevel", "INFO")
+HOSTS: Mapping[str, Host] = {
+    "forge": Host("~/stable-diffusion-webui-forge", LOGGING),
+    "neo": Host(
+        "~/sd-webui-forge-neo",
+        ("--skip-python-version-check", "--loglevel", "INFO"),
+        ("--cpu", "--use-pytorch-cross-attention"),
+        "--model-ref",
+        ("--fp16-unet",),
+        {"VERSION_UID": "PY313"},
+    ),
+    "reforge": Host("~/stable-diffusion-webui-reForge", ("--skip-prepare-environment", *LOGGING)),
+    "classic": Host("~/sd-webui-forge-classic", ("--skip-prepare-environment", *LOGGING), models="--model-ref"),
+    "ersatz": Host("~/ersatzForge"),
+}
 
 # The API answers before the scripts' default arguments exist, and then runs jobs with every script off; Forge
 # writes this line when all is there.
@@ -44,6 +72,7 @@ class ForgeError(Exception):
 class Installation:
     directory: Path
     python: Path
+    host: Host = HOSTS["forge"]
 
     @functools.cached_property
     def commit(self) -> str:
@@ -55,7 +84,7 @@ class Installation:
 
     @property
     def device_arguments(self) -> tuple[str, ...]:
-        return () if self.has_gpu else WITHOUT_GPU
+        return () if self.has_gpu else ("--skip-torch-cuda-test", *self.host.without_gpu)
 
 
 def answer(*command: str) -> str:
@@ -64,17 +93,19 @@ def answer(*command: str) -> str:
 
 
 def find_installation(environment: Mapping[str, str] = os.environ) -> Installation:
-    directory = Path(environment.get("FORGE_DIR", "~/stable-diffusion-webui-forge")).expanduser().absolute()
+    name = environment.get("HOST", "forge")
+    if name not in HOSTS:
+        raise ForgeError(f"There is no host {name}. Set HOST to one of {', '.join(HOSTS)}.")
+    host, prefix = HOSTS[name], name.upper()
+    directory = Path(environment.get(f"{prefix}_DIR", host.folder)).expanduser().absolute()
     if not (directory / "launch.py").is_file():
-        raise ForgeError(
-            f"No Stable Diffusion WebUI Forge in {directory}: install it there, or name its folder in FORGE_DIR."
-        )
-    python = Path(environment.get("FORGE_PYTHON", directory / "venv" / VENV_PYTHON)).expanduser()
+        raise ForgeError(f"No web UI ({name}) in {directory}: install it there, or name its folder in {prefix}_DIR.")
+    python = Path(environment.get(f"{prefix}_PYTHON", directory / "venv" / VENV_PYTHON)).expanduser()
     if not python.is_file():
         raise ForgeError(
-            f"Forge's interpreter {python} is missing: start Forge once by its own script, or name it in FORGE_PYTHON."
+            f"The interpreter {python} is missing: start {name} once by its own script, or name it in {prefix}_PYTHON."
         )
-    return Installation(directory, python)
+    return Installation(directory, python, host)
 
 
 def link(source: Path, target: Path) -> None:
@@ -132,7 +163,8 @@ class Server:
     @property
     def command(self) -> list[str]:
         python, device = str(self.installation.python), self.installation.device_arguments
-        return [python, "-u", "launch.py", *ALWAYS, *device, "--port", str(self.port), *self.arguments]
+        own = self.installation.host.always
+        return [python, "-u", "launch.py", *ALWAYS, *own, *device, "--port", str(self.port), *self.arguments]
 
     def __enter__(self) -> "Server":
         started = time.monotonic()

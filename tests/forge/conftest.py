@@ -76,7 +76,7 @@ def installation() -> Installation:
 def plain_pictures(request: pytest.FixtureRequest, installation: Installation) -> dict[str, Image.Image]:
     """What a Forge without the extension makes of PLAIN_JOBS; kept for this Forge, these model files and these jobs."""
     jobs = zlib.crc32(json.dumps([BASE_REQUEST, PLAIN_JOBS]).encode())
-    folder = data.root() / "plain-pictures" / f"{installation.commit[:12]}-{jobs:08x}"
+    folder = data.folder_of("plain-pictures") / f"{installation.commit[:12]}-{jobs:08x}"
     folder.mkdir(parents=True, exist_ok=True)
     sdxl = any(item.get_closest_marker("sdxl") for item in request.session.items)
     files = {name: folder / f"{name}.png" for name in PLAIN_JOBS if sdxl or not name.startswith("sdxl")}
@@ -88,7 +88,7 @@ def plain_pictures(request: pytest.FixtureRequest, installation: Installation) -
 
 def make_plain_pictures(installation: Installation, files: dict[str, Path]) -> None:
     with data.server(installation, PLAIN_SERVER, {}) as server:
-        forge = Forge(server, data.probe_file(PLAIN_SERVER), data.root() / PLAIN_SERVER)
+        forge = Forge(server, data.probe_file(PLAIN_SERVER), data.folder_of(PLAIN_SERVER))
         for name, path in files.items():
             forge.use(name.split()[0])
             forge.picture(PLAIN_JOBS[name]).save(path)
@@ -99,7 +99,7 @@ def running(request: pytest.FixtureRequest, installation: Installation, plain_pi
     hub_port = free_port()  # a download fails at once, unless a test serves it there
     environment = {"HF_ENDPOINT": f"http://127.0.0.1:{hub_port}"}
     with data.server(installation, SERVER, data.OURS, environment) as server:
-        forge = Forge(server, data.probe_file(SERVER), data.root() / SERVER, hub_port)
+        forge = Forge(server, data.probe_file(SERVER), data.folder_of(SERVER), hub_port)
         request.config.stash[started] = forge
         yield forge
         forge.note_peak_memory()

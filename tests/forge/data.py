@@ -70,14 +70,7 @@ OPTIONS = {
 }
 PROBE_VARIABLE = "LAYERDIFFUSE_PROBE"
 RECORDING_VARIABLE = "LAYERDIFFUSE_PROBE_RECORDING"
-SERVER_ARGUMENTS = (
-    "--disable-console-progressbars",
-    "--server-name",
-    "127.0.0.1",
-    "--loglevel",
-    "INFO",
-)
-HALF = ("--unet-in-fp16",)  # keeps SDXL within 16 GB; computing stays in single precision on a CPU
+SERVER_ARGUMENTS = ("--disable-console-progressbars", "--server-name", "127.0.0.1")
 START_LIMIT_S = 600  # 15 on an idle machine of two cores, ten times that on a busy one
 # Threads that wait for work sleep: spinning takes the cores, on a busy machine, from threads that have some.
 BUSY_MACHINE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
@@ -117,22 +110,32 @@ def server(
     extensions: Mapping[str, Path],
     environment: Mapping[str, str] = {},
     arguments: Sequence[str] = (),
-    precision: Sequence[str] = HALF,
+    precision: Sequence[str] | None = None,
 ) -> Server:
-    """A server that is not started yet, with the probe and the given extensions and no others."""
-    folder = root() / name
+    """A server that is not started yet, with the probe and the given extensions and no others.
+
+    precision: of the UNet; default: half, which keeps SDXL within 16 GB. Computing stays in single precision on a CPU.
+    """
+    host, folder = installation.host, folder_of(name)
+    precision = host.half if precision is None else precision
     clear_links(folder / "extensions")
     for link_name, source in {"layerdiffuse-probe": HERE / "probe", **extensions}.items():
         link(source, folder / "extensions" / link_name)
-    (folder / "config.json").write_text(json.dumps(OPTIONS, indent=4), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps({**OPTIONS, **host.options}, indent=4), encoding="utf-8")
     probe_file(name).write_text("", encoding="utf-8")
-    arguments = ("--data-dir", str(folder), "--models-dir", str(models()), *SERVER_ARGUMENTS, *precision, *arguments)
+    arguments = ("--data-dir", str(folder), host.models, str(models()), *SERVER_ARGUMENTS, *precision, *arguments)
     environment = {PROBE_VARIABLE: str(probe_file(name)), **BUSY_MACHINE, **KEPT_MEMORY, **environment}
     return Server(installation, folder / "forge.log", arguments, environment, START_LIMIT_S)
 
 
+def folder_of(name: str) -> Path:
+    """The data folder of one kind of server; each host has its own."""
+    host = os.environ.get("HOST", "forge")
+    return root() / (name if host == "forge" else f"{host}-{name}")
+
+
 def probe_file(name: str) -> Path:
-    return root() / name / "probe.jsonl"
+    return folder_of(name) / "probe.jsonl"
 
 
 def clear_links(folder: Path) -> None:

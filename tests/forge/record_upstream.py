@@ -32,7 +32,7 @@ def record(upstream: Path) -> dict:
     data.make_models(installation)
     extensions, environment = {"upstream-layerdiffuse": upstream}, {data.RECORDING_VARIABLE: "1"}
     with data.server(installation, SERVER, extensions, environment) as server:
-        forge = Forge(server, data.probe_file(SERVER), data.root() / SERVER)
+        forge = Forge(server, data.probe_file(SERVER), data.folder_of(SERVER))
         entries = []
         for case in CASES:
             mark = forge.mark()

@@ -47,12 +47,12 @@ def forge(installation: Installation) -> Iterator[Forge]:  # noqa: F811
     write_defaults()
     page_files = ("--gradio-allowed-path", str(installation.directory))  # with a data folder elsewhere, its own are not
     with data.server(installation, SERVER, data.OURS, environment, page_files) as server:
-        yield Forge(server, data.probe_file(SERVER), data.root() / SERVER, hub_port)
+        yield Forge(server, data.probe_file(SERVER), data.folder_of(SERVER), hub_port)
 
 
 def write_defaults() -> None:
     """As the web UI keeps them for its user, and writes all others there when it starts."""
-    path = data.root() / SERVER / "ui-config.json"
+    path = data.folder_of(SERVER) / "ui-config.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     values = {f"customscript/layerdiffuse.py/img2img/{label}/value": value for label, value in DEFAULTS.items()}
     path.write_text(json.dumps(values), encoding="utf-8")
