@@ -46,11 +46,16 @@ def close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
 
 
 def read_flags() -> None:
-    """ldm_patched does not read the command line by itself (modules_forge/initialization.py)."""
-    if (HOST / "ldm_patched").is_dir():
+    """What the web UI does before it loads a model."""
+    if (HOST / "ldm_patched").is_dir():  # does not read the command line by itself (modules_forge/initialization.py)
         from ldm_patched.modules import args_parser
 
         args_parser.args, _ = args_parser.parser.parse_known_args()
+    elif (HOST / "backend" / "args.py").is_file():
+        from backend import args
+
+        if hasattr(args, "dynamic_args"):  # ersatz' memory management asks (modules_forge/main_entry.py sets it)
+            args.dynamic_args.setdefault("online_lora", False)
 
 
 def main() -> None:
