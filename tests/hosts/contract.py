@@ -54,7 +54,7 @@ def read_flags() -> None:
     elif (HOST / "backend" / "args.py").is_file():
         from backend import args
 
-        if hasattr(args, "dynamic_args"):  # ersatz' memory management asks (modules_forge/main_entry.py sets it)
+        if isinstance(args.dynamic_args, dict):  # ersatz' memory management asks (modules_forge/main_entry.py sets it)
             args.dynamic_args.setdefault("online_lora", False)
 
 
