@@ -30,7 +30,8 @@ def main(words: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FAILED)
     except ImportError as error:
-        sys.exit(f"{str(error).strip()}. Install what this command needs: pip install -r examples/requirements.txt")
+        remedy = "pip install -r examples/requirements.txt, or the wheel with [cli]"
+        sys.exit(f"{str(error).strip()}. Install what this command needs: {remedy}")
     except OSError as error:
         sys.exit(f"{error.filename}: {error.strerror}." if error.filename else str(error))
     except (LayerDiffuseError, ValueError) as error:

@@ -210,7 +210,8 @@ def test_what_is_not_installed_is_said(folder: Path) -> None:
         _, said = process.communicate(timeout=30)
     assert process.returncode == 1
     assert said == (
-        "No module named torch. Install what this command needs: pip install -r examples/requirements.txt\n"
+        "No module named torch. Install what this command needs: "
+        "pip install -r examples/requirements.txt, or the wheel with [cli]\n"
     )
 
 
