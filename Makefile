@@ -43,7 +43,7 @@ lint: .venv/newest/ready
 # before, once.
 PYTEST := -m pytest --quiet --numprocesses=auto --dist=loadfile
 test-newest test-oldest: test-%: .venv/%/ready
-	.venv/$*/bin/python -c "import lib_layerdiffuse.nets.compiled"
+	.venv/$*/bin/python -c "from lib_layerdiffuse.cpu.kernels import compiled; compiled()"
 	OMP_NUM_THREADS=1 .venv/$*/bin/python $(PYTEST)
 
 test-full: .venv/newest/ready
