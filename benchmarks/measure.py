@@ -63,11 +63,6 @@ def processor() -> str:
     return names[0].split(":")[1].strip() if names else platform.processor()
 
 
-def has_bfloat16() -> bool:
-    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
 def rate(dtype: torch.dtype, device: torch.device, side: int = 4096, rounds: int = 5) -> float:
     """Operations per second of a matrix product, the best of some."""
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
