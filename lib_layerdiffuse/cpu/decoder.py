@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,20 @@ class FeatureMap(NamedTuple):
     variance: Tensor  # of each channel, [C]
 
 
+class Memory:
+    """Memory of maps that nobody refers to any more, for the next of that size: fresh pages cost a sixth of a pass."""
+
+    def __init__(self) -> None:
+        self._free: defaultdict[int, list[Tensor]] = defaultdict(list)  # by how many numbers they hold
+
+    def map(self, channels: int, height: int, width: int) -> Tensor:
+        free = self._free[channels * height * width]
+        numbers = free.pop() if free else torch.empty(channels * height * width)
+        values = numbers.view(1, height, width, channels).permute(0, 3, 1, 2)
+        finalize(values, free.append, numbers)
+        return values
+
+
 class FastDecoder:
     """Answers as `net` does, on a processor and in float32, wherever and in whatever precision its weights are."""
 
@@ -40,6 +56,7 @@ class FastDecoder:
         weights = {name: weight.to("cpu", torch.float32) for name, weight in net.state_dict().items()}
         self._net = TransparentDecoder.from_state_dict(weights)  # float32 ones on a processor are not copied
         self._team = Team()
+        self._memory = Memory()
 
     @torch.no_grad()
     def __call__(self, rgb: Rgb, latent: Latent) -> Argb:
@@ -99,7 +116,7 @@ class FastDecoder:
                 shortcut(y, channels, rows)
             return y
 
-        values = new_map(conv.out_channels, height, width)
+        values = self._memory.map(conv.out_channels, height, width)
         read_of_row = sum(source.values[0, :, 0].numel() for source in sources) * stride
         return self._by_pieces(values, self._pieces(values, read_of_row, weight.numel()), piece)
 
@@ -128,13 +145,13 @@ class FastDecoder:
             answer = F.linear(mixed[:, rows.start * width : rows.stop * width].T, weight, bias)
             return answer.T.view(1, channels, -1, width) + source.values[:, :, rows]
 
-        values = new_map(channels, height, width)
+        values = self._memory.map(channels, height, width)
         return self._by_pieces(values, self._pieces(values), piece)
 
     # --- pieces ---
 
     def _whole(self, values: Tensor) -> FeatureMap:
-        everything = new_map(*values.shape[1:])
+        everything = self._memory.map(*values.shape[1:])
         return self._by_pieces(everything, self._pieces(everything), lambda channels, rows: values[:, :, rows])
 
     def _by_pieces(self, values: Tensor, pieces: Sequence[Piece], make: Callable[[slice, slice], Tensor]) -> FeatureMap:
@@ -179,10 +196,6 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def new_map(channels: int, height: int, width: int) -> Tensor:
-    return torch.empty(1, channels, height, width, memory_format=torch.channels_last)
-
-
 def normalisation(sources: Sequence[FeatureMap], norm: nn.GroupNorm) -> Normalising:
     """`norm` of all sources, joined in channels."""
     means, variances = (
@@ -200,7 +213,7 @@ def read(sources: Sequence[FeatureMap], normalising: Normalising | None, top: in
     """Rows of the sources, joined in channels, with a column more at each side; zero beyond the picture."""
     _, _, height, width = sources[0].values.shape
     widths = [source.values.shape[1] for source in sources]
-    x = new_map(sum(widths), bottom - top, width + 2)
+    x = torch.empty(1, sum(widths), bottom - top, width + 2, memory_format=torch.channels_last)
     first, last = max(top, 0), min(bottom, height)
     for beyond in (x[:, :, : first - top], x[:, :, last - top :], x[..., :1], x[..., -1:]):
         beyond.zero_()
