@@ -42,7 +42,10 @@ class Task:
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # each: the networks in tests are tiny, threads would wait for one another
 # What numba compiles is compiled before, once.
-UNITS = ("-c 'import lib_layerdiffuse.nets.compiled'", "-m pytest --quiet --numprocesses=auto --dist=loadfile")
+UNITS = (
+    "-c 'from lib_layerdiffuse.cpu.kernels import compiled; compiled()'",
+    "-m pytest --quiet --numprocesses=auto --dist=loadfile",
+)
 BROWSER = "tools/browser.py"  # where there is none, it is installed
 DECODE, INJECTION, REPORT = (f"-m benchmarks.{name}" for name in ("decode", "injection", "report"))
 TASKS = {

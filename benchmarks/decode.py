@@ -27,17 +27,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import measure
 from benchmarks.figures import Figure, figure, write
 from lib_layerdiffuse.nets.decoder import HEAD_DIM, TransparentDecoder
-from lib_layerdiffuse.nets.strips import StripDecoder
 from lib_layerdiffuse.vae import ORIENTATIONS, PASSES, TransparentVAE
 from tests.reference import RELEASED_WIDTHS, ReferenceDecoder, random_state_dict
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-HALF = torch.float16 if DEVICE.type == "cuda" else torch.bfloat16
+HALF = torch.float16
 Size = tuple[int, int]  # width, height
 REFERENCE, OURS, OURS_HALF = "reference", "ours", f"ours {str(HALF).removeprefix('torch.')}"
-# Half precision where it is fast: elsewhere processors take a hundred times as long.
-PRECISIONS = {OURS: torch.float32} | ({OURS_HALF: HALF} if DEVICE.type == "cuda" or measure.has_bfloat16() else {})
-# At most, of the reference's time: 2.2 times as fast on a processor, 4 times in half precision or on a GPU.
+# Half precision on a GPU: on a processor everything is computed in float32.
+PRECISIONS = {OURS: torch.float32} | ({OURS_HALF: HALF} if DEVICE.type == "cuda" else {})
+# At most, of the reference's time: 2.2 times as fast on a processor, 4 times on a GPU.
 DEMANDS = {f"{OURS} / {REFERENCE}": 1 / 2.2 if DEVICE.type == "cpu" else 1 / 4, f"{OURS_HALF} / {REFERENCE}": 1 / 4}
 
 QUICK = {(512, 512): PASSES, (1024, 1024): (1,)}
@@ -180,17 +179,6 @@ def quality(size: Size) -> Iterator[Figure]:
     yield figure(f"PSNR against 8 passes, {size[0]}x{size[1]}", "dB", sides)
 
 
-@torch.no_grad()
-def strips(size: Size) -> Iterator[Figure]:
-    """What it costs in quality to decode with the maps in main memory, a strip at a time."""
-    rgb, latent = picture(*size)
-    net = TransparentDecoder.from_state_dict(networks()[1]).to(DEVICE)
-    in_strips = StripDecoder(net, storage=torch.device("cpu"))(rgb, latent).clip(0, 1)
-    whole = net(rgb, latent).clip(0, 1).to(in_strips)
-    name = f"PSNR of strips against the whole network, {size[0]}x{size[1]}"
-    yield figure(name, "dB", {OURS: [psnr(in_strips, whole)]})
-
-
 def taken(side: str, size: Size, batch: int, passes: int) -> dict[str, float]:
     """Seconds and peak memory of one decode in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.decode", "--one", json.dumps([side, size, batch, passes])]
@@ -233,7 +221,6 @@ def scale(points: tuple[tuple[Size, int], ...], largest_reference: int) -> Itera
 def figures(about: dict[str, Any], full: bool) -> Iterator[Figure]:
     yield from speed(about, FULL if full else QUICK)
     yield from quality((768, 768) if full else (512, 512))
-    yield from strips((2048, 2048) if full else (512, 512))
     yield from memory((512, 512), rounds=3)
     if full:
         yield from memory((1024, 1024), rounds=1)

@@ -2,17 +2,17 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lib_layerdiffuse.cpu import FastDecoder
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.images.rgba import padded_argb
 from lib_layerdiffuse.nets.decoder import TransparentDecoder
-from lib_layerdiffuse.nets.strips import StripDecoder
 from lib_layerdiffuse.tensors import Latent, Rgb, Rgba
 
 LATENT_STRIDE = 8  # pixels per latent cell, in each direction
@@ -20,7 +20,6 @@ DECODER_STRIDE = 64  # the decoder halves its input six times
 OFFSET_SCALE = 300.0  # raw encoder output -> offset in the latent (`alpha=300` in the author's diffusers tool)
 
 DECODE_CHANNELS = 600  # one pass over a picture takes the memory of so many channels of its size
-WORTH_COMPILING = 2**17  # pixels; with fewer, loading what was compiled (a second) takes more than it saves
 BATCH_PIXELS = 2**20  # a GPU is busy with so many at once; more only take more memory
 
 VAE_FLAGS, ALL_FLAGS = "--vae-in-fp32", "--all-in-fp32"  # Forge's, by which numbers do not overflow
@@ -108,13 +107,10 @@ def pictures_at_once(pixels: Tensor, weight: Tensor) -> int:
     return max(1, min(BATCH_PIXELS // area, fitting))
 
 
-def compiled_decoder() -> type[StripDecoder] | None:
-    """The decoder with kernels that numba compiles, where it is installed and goes with the rest."""
-    try:
-        from lib_layerdiffuse.nets.threaded import ThreadedDecoder
-    except Exception:  # the host's numba may fail in many ways, and nothing depends on it
-        return None
-    return ThreadedDecoder
+def on_processor(net: TransparentDecoder) -> Network:
+    """The network with a copy of its weights in main memory, which is made at the first call."""
+    decoder = cache(lambda: FastDecoder(net))
+    return lambda *batches: decoder()(*(batch.cpu() for batch in batches))
 
 
 def check_sizes(rgb: Rgb, latent: Latent) -> None:
@@ -156,10 +152,34 @@ def check_encoded(mean: Latent) -> None:
 
 
 def median(answers: Tensor) -> Rgba:
-    """Of each value of Argb, [passes, B, 4, H, W], the lower one where there are two."""
-    middle = answers.amin(dim=0) if len(answers) <= 2 else answers.median(dim=0).values
-    alpha, color = middle.split([1, 3], dim=1)
+    """Of each value of Argb, [passes, B, 4, H, W], the lower one where there are two; takes the answers' memory."""
+    alpha, color = lower_median(answers).split([1, 3], dim=1)
     return torch.cat([color, alpha], dim=1)
+
+
+def lower_median(answers: Tensor) -> Tensor:
+    """`answers.median(dim=0).values`, by sorting in place: no indices, and smaller and larger ones of whole pictures.
+
+    Passes that nobody stopped are 1, 2, 4 or 8, for which Batcher's network (1968) has the comparisons.
+    """
+    count = len(answers)
+    if count not in PASSES:
+        return answers.median(dim=0).values
+    values, spare = list(answers), torch.empty_like(answers[0])
+    for a, b in comparisons(count):
+        torch.minimum(values[a], values[b], out=spare)
+        torch.maximum(values[a], values[b], out=values[b])
+        values[a], spare = spare, values[a]
+    return values[(count - 1) // 2]
+
+
+def comparisons(count: int) -> Iterator[tuple[int, int]]:
+    """Batcher's merge exchange (Knuth, volume 3, algorithm 5.2.2M), for a power of two: 19 pairs sort eight values."""
+    for p in (count >> shift for shift in range(1, count.bit_length())):
+        q, rest, distance = count // 2, 0, p
+        while distance > 0:
+            yield from ((i, i + distance) for i in range(count - distance) if i & p == rest)
+            distance, q, rest = (q - p, q // 2, p) if q != p else (0, q, rest)
 
 
 class TransparentVAE:
@@ -213,15 +233,12 @@ class TransparentVAE:
         return answers
 
     def _network(self, pixels: Tensor, weight: Tensor) -> InParts:
-        """The decoder in the form that suits its device: on a processor in strips, elsewhere in strips if it must."""
+        """The decoder in the form that suits its device; elsewhere than on a processor, there too if it must."""
         if not isinstance(self.decoder, TransparentDecoder):
             return InParts(self.decoder, pictures_at_once(pixels, weight))
         if weight.device.type == "cpu":
-            large = pixels[0, 0].numel() >= WORTH_COMPILING
-            make = (compiled_decoder() if large else None) or partial(StripDecoder, precision=torch.float32)
-            return InParts(make(self.decoder), 1)
-        in_strips = StripDecoder(self.decoder, storage=torch.device("cpu"))
-        return InParts(self.decoder, pictures_at_once(pixels, weight), smaller=in_strips)
+            return InParts(FastDecoder(self.decoder), 1)
+        return InParts(self.decoder, pictures_at_once(pixels, weight), smaller=on_processor(self.decoder))
 
     @torch.no_grad()
     def encode(self, rgba: Rgba) -> Latent:

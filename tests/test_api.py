@@ -327,7 +327,13 @@ def test_weights(client):
     [row] = [row for row in rows if row["file"] == MISSING]
     assert row == client.get(f"weights/{MISSING}").json()
     assert row["address"].endswith(f"/LayerDiffusion/layerdiffusion-v1/resolve/{REVISION}/{MISSING}")
-    assert {"received": 0, "total": ASSETS[MISSING].size, "megabytes": 702, "error": ""}.items() <= row.items()
+    assert {
+        "received": 0,
+        "total": ASSETS[MISSING].size,
+        "megabytes": 702,
+        "error": "",
+        "note": "",
+    }.items() <= row.items()
 
 
 def test_a_download_is_started_followed_cancelled_and_continued(client, mirror):

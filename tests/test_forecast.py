@@ -1,5 +1,7 @@
 """What the panel says before a press of Generate."""
 
+from dataclasses import replace
+
 import pytest
 
 from lib_layerdiffuse.methods import METHODS, Family, find_method, needed_files
@@ -58,6 +60,10 @@ FIRST, SECOND = needed_files(find_method("sd15_transparent_attn"))
         (
             [status(FIRST, State.DOWNLOADING, 100 * MB), status(SECOND, State.MISSING)],
             "weights are being downloaded: 100 / 558 MB",
+        ),
+        (
+            [replace(status(FIRST, State.DOWNLOADING, 0), note="another program has it")],
+            "weights are being downloaded: 0 / 350 MB another program has it",
         ),
         ([status(FIRST), status(SECOND, State.DOWNLOADING, 52 * MB)], "weights are being downloaded: 52 / 208 MB"),
         ([status(FIRST, State.MISSING), status(SECOND, State.FAILED, error="No room.")], "No room."),

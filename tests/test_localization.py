@@ -13,6 +13,7 @@ from lib_layerdiffuse.request import differential, layers
 from lib_layerdiffuse.webui.status_line import forecast
 from lib_layerdiffuse.weights.downloads import State, Status
 from lib_layerdiffuse.weights.released import ASSETS
+from lib_layerdiffuse.weights.transfer import ANOTHER
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "localizations").glob("*.json"))
@@ -41,7 +42,7 @@ def sentences():
     for state in (State.PRESENT, State.MISSING, State.DOWNLOADING):
         for method in METHODS:
             for family in Family:
-                for sentence in forecast(method, 1, [Status(asset, state, 1, 2, "")], family):
+                for sentence in forecast(method, 1, [Status(asset, state, 1, 2, "", ANOTHER)], family):
                     yield from sentence
 
 

@@ -1,7 +1,6 @@
 """Decode and encode around tiny random networks, against the formulas written out plainly in numpy."""
 
 import sys
-import weakref
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.images.rgba import pad_colors
 from lib_layerdiffuse.nets.decoder import TransparentDecoder
 from lib_layerdiffuse.nets.encoder import TransparentEncoder
-from lib_layerdiffuse.nets.threaded import ThreadedDecoder
 from lib_layerdiffuse.vae import ORIENTATIONS, TransparentVAE, in_groups
 
 
@@ -174,26 +172,34 @@ def test_on_pass_stops_and_the_median_is_over_those_done(decoder, stop_after):
     torch.testing.assert_close(rgba, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("network_class", [vae.StripDecoder, ThreadedDecoder])
-@pytest.mark.parametrize("stop_after", [1, 8])
-def test_the_networks_maps_are_gone_when_the_median_is_taken(decoder, monkeypatch, stop_after, network_class):
-    made, left = [], []
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7, 8])
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_lower_median_is_torchs_to_the_bit(count, ties):
+    answers = torch.randint(3, (count, 2, 4, 5, 7)).float() if ties else torch.rand(count, 2, 4, 5, 7)
+    assert torch.equal(vae.lower_median(answers.clone()), answers.median(dim=0).values)
 
-    class Watched(network_class):
-        def __init__(self, *arguments, **options):
-            super().__init__(*arguments, **options)
-            made.append(weakref.ref(self))
 
-    def median(answers, whole=vae.median):
-        left.extend(network() for network in made)
-        return whole(answers)
+@pytest.mark.parametrize("index", range(8))
+def test_the_lower_median_passes_on_what_is_no_number(index):
+    answers = torch.rand(8, 1, 4, 2, 2)
+    answers[index] = torch.nan
+    assert vae.lower_median(answers).isnan().all()
 
-    monkeypatch.setattr(vae, "StripDecoder", Watched)
-    monkeypatch.setattr(vae, "compiled_decoder", lambda: Watched)
-    monkeypatch.setattr(vae, "WORTH_COMPILING", 1 if network_class is ThreadedDecoder else 2**40)
-    monkeypatch.setattr(vae, "median", median)
-    TransparentVAE(decoder).decode(*random_input(64, 64), on_pass=lambda done, total: done < stop_after)
-    assert left == [None]
+
+class Crowded(TransparentDecoder):
+    """Its device never has the memory."""
+
+    def forward(self, rgb, latent):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_where_not_one_picture_fits_the_processor_decodes(decoder):
+    """As on a GPU: all rests on the processor here, but in the form and the order in which a GPU would try."""
+    crowded = Crowded.from_state_dict(decoder.state_dict())
+    network = vae.InParts(crowded, 4, smaller=vae.on_processor(crowded))
+    rgb, latent = random_input(64, 128, batch=2)
+    with torch.no_grad():
+        torch.testing.assert_close(network(rgb, latent), decoder(rgb, latent), rtol=0, atol=2e-5)
 
 
 OUT_OF_MEMORY_ERRORS = {

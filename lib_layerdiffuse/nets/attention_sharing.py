@@ -15,9 +15,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.functional import linear
 
 from lib_layerdiffuse.nets.loading import children, hold, shape
-from lib_layerdiffuse.nets.products import linear
 from lib_layerdiffuse.tensors import Rgb, StateDict, Tokens
 
 # The transformer blocks of the SD1.5 UNet in the order of the file; each has `attn1` (self), then `attn2` (text).

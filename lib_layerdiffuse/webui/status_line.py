@@ -47,5 +47,6 @@ def weights_sentence(weights: Sequence[Status]) -> Sentence:
             return (status.error,)
     received, total = (sum(sizes) / MB for sizes in zip(*((status.received, status.total) for status in absent)))
     if any(status.state is State.DOWNLOADING for status in absent):
-        return ("weights are being downloaded:", f"{received:.0f} / {total:.0f} MB")
+        notes = [status.note for status in absent if status.note]
+        return ("weights are being downloaded:", f"{received:.0f} / {total:.0f} MB", *notes[:1])
     return ("weights are not here yet:", f"{total:.0f} MB")

@@ -24,6 +24,8 @@ from lib_layerdiffuse.weights.files import Report, promised_size, sha256_of, siz
 from lib_layerdiffuse.weights.part import LeftError, Part, strong
 from lib_layerdiffuse.weights.released import MB, REVISION, Asset, address_of, endpoint
 
+ANOTHER = "another program is downloading it into the same folder"
+
 log = logging.getLogger("layerdiffuse")
 
 HEADERS = {"User-Agent": "sd-forge-layerdiffuse", "Accept-Encoding": "identity"}
@@ -67,7 +69,7 @@ class Transfer:
     def _take(self) -> None:
         if self._taken():
             return
-        self._say("another program is downloading it into the same folder")
+        self._say(ANOTHER)
         while not self._taken():
             self._wait(INTERVAL)
         self.note = ""

@@ -95,6 +95,7 @@ class WeightAnswer(BaseModel):
     megabytes: int
     address: str = Field(description="Where it comes from.")
     error: str = Field(description="Why the download failed, or empty.")
+    note: str = Field(description="Why nothing comes at the moment, or empty.")
 
 
 class CheckpointAnswer(BaseModel):

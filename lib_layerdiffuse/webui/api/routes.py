@@ -165,6 +165,7 @@ def weight_answer(status: Status) -> WeightAnswer:
         megabytes=asset.megabytes,
         address=address_of(asset.file),
         error=status.error,
+        note=status.note,
     )
 
 
@@ -342,6 +343,7 @@ class Examples:
             "megabytes": 2,
             "address": address_of(file),
             "error": "",
+            "note": "",
         }
         self.methods = [
             {
