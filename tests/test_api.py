@@ -635,14 +635,14 @@ def test_no_more_passes_for_a_client_that_left(host, monkeypatch):
     wire = Wire(app_of(host), "decode", [body_of(decode_body(passes=8))])
     passes = []
 
-    class Leaving(vae.StripDecoder):
+    class Leaving(vae.FastDecoder):
         def __call__(self, *args):
             passes.append(len(passes))
             if len(passes) == 3:
                 wire.leave()
             return super().__call__(*args)
 
-    monkeypatch.setattr(vae, "StripDecoder", Leaving)
+    monkeypatch.setattr(vae, "FastDecoder", Leaving)
     assert wire.ask() == 499
     assert len(passes) == 3
 

@@ -14,7 +14,7 @@ from lib_layerdiffuse.methods import shortened
 from lib_layerdiffuse.request.differential import Change
 from lib_layerdiffuse.request.form import IMAGE_NEEDS
 from lib_layerdiffuse.request.layers import Request
-from lib_layerdiffuse.webui.host import whole
+from lib_layerdiffuse.webui.host import init_picture
 from tests.odd_files import NO_PICTURES, RARE, RED, bomb, file_of, in_base64, png_of, sent
 
 GREY_RAMP = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)  # every eight-bit value, in sixteen bits
@@ -67,8 +67,8 @@ def test_a_start_of_img2img_that_is_cut_is_refused_when_it_is_read() -> None:
     picture = Image.effect_noise((64, 64), 90)
     opened = Image.open(io.BytesIO(file_of(picture)[:-900]))
     with pytest.raises(LayerDiffuseError, match="starts from is damaged"):
-        whole(opened)
-    assert whole(picture).tobytes() == picture.convert("RGBA").tobytes()
+        init_picture(opened)
+    assert init_picture(picture).tobytes() == picture.convert("RGBA").tobytes()
 
 
 SIDE = 20_000

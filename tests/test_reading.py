@@ -19,7 +19,7 @@ from lib_layerdiffuse.images.rgba import from_pil
 from lib_layerdiffuse.request.form import IMAGE_NEEDS
 from lib_layerdiffuse.request.layers import Request
 from lib_layerdiffuse.webui.api import routes
-from lib_layerdiffuse.webui.host import whole
+from lib_layerdiffuse.webui.host import init_picture
 from tests.odd_files import RED, bomb, chunk, file_of, half, in_base64, palette_picture
 from tests.odd_numbers import png_of_values, tiff_of_values
 from tests.odd_profiles import ADOBE_GAMMA, ADOBE_RGB, SRGB, grey_profile, ink_profile, rgb_profile
@@ -218,7 +218,7 @@ def test_numbers_of_which_none_is_known_to_be_white_are_refused_in_a_sentence(fi
     with pytest.raises(LayerDiffuseError, match=rf"^image has numbers {numbers}"):
         routes.picture("image", in_base64(file))
     with pytest.raises(LayerDiffuseError, match=rf"picture that img2img starts from has numbers {numbers}"):
-        whole(Image.open(io.BytesIO(file)))
+        init_picture(Image.open(io.BytesIO(file)))
     with pytest.raises(LayerDiffuseError, match=rf"picture has numbers {numbers}.*8 or 16 bits a channel\.$"):
         by_path(file, tmp_path)
 
