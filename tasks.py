@@ -60,6 +60,10 @@ TASKS = {
     "forge-test-full": Task("all of them, for hours", "forge", ['-m pytest tests/forge -m ""']),
     "ui-test": Task("tests of its page in a browser, one of each", "page", [BROWSER, "-m pytest tests/page -m brief"]),
     "ui-test-full": Task("all of them", "page", [BROWSER, '-m pytest tests/page -m ""']),
+    "host-contract": Task(
+        "what hosts' patchers must do, in each that is installed", "forge", ["-m pytest tests/hosts"]
+    ),
+    "host-test": Task("forge-test in the host that HOST names", "forge", ["-m pytest tests/forge -m brief"]),
     "bench": Task("costs beside others, for 20 minutes", "bench", [DECODE, f"{INJECTION} --quick", REPORT]),
     "bench-full": Task("the same for hours", "bench", [f"{DECODE} --full", f"{INJECTION} --full", REPORT]),
     "clean": Task("away with environments and caches", programs=["-c 'import tasks; tasks.clean()'"]),
