@@ -18,7 +18,7 @@ LEVEL = {room: level for level, rooms in enumerate(reversed(FLOORS), 1) for room
 
 HOSTS = {"modules", "modules_forge", "backend", "gradio", "diffusers", "fastapi", "starlette", "comfy", "torchmetrics"}
 KNOWING_A_HOST = {"webui", "cli"}  # rooms whose every file may
-BACKENDS = {"engine/forge.py": {"backend"}, "engine/diffusers.py": {"diffusers"}}
+BACKENDS = {"engine/diffusers.py": {"diffusers"}}  # engine/programs.py imports by name
 
 
 def modules() -> Iterator[tuple[Path, str]]:
