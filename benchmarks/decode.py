@@ -3,18 +3,18 @@
     python -m benchmarks.decode [--full] [--out benchmarks/results/decode.json]
 
 Both have the same random weights at the released sizes and the same input; how beautiful the answer is, they cannot
-tell. Memory is measured in a fresh process each.
+tell. On a GPU, where there is one, in half precision too, compiled and with CUDA graphs. Memory is measured in a fresh
+process each.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,22 +27,46 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import measure
 from benchmarks.figures import Figure, figure, write
 from lib_layerdiffuse.nets.decoder import HEAD_DIM, TransparentDecoder
-from lib_layerdiffuse.vae import ORIENTATIONS, PASSES, TransparentVAE
+from lib_layerdiffuse.vae import ORIENTATIONS, TransparentVAE
 from tests.reference import RELEASED_WIDTHS, ReferenceDecoder, random_state_dict
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-HALF = torch.float16
-Size = tuple[int, int]  # width, height
-REFERENCE, OURS, OURS_HALF = "reference", "ours", f"ours {str(HALF).removeprefix('torch.')}"
-# Half precision on a GPU: on a processor everything is computed in float32.
-PRECISIONS = {OURS: torch.float32} | ({OURS_HALF: HALF} if DEVICE.type == "cuda" else {})
-# At most, of the reference's time: 2.2 times as fast on a processor, 4 times on a GPU.
-DEMANDS = {f"{OURS} / {REFERENCE}": 1 / 2.2 if DEVICE.type == "cpu" else 1 / 4, f"{OURS_HALF} / {REFERENCE}": 1 / 4}
+REFERENCE, OURS = "reference", "ours"
 
-QUICK = {(512, 512): PASSES, (1024, 1024): (1,)}
-FULL = {(512, 512): PASSES, (768, 1152): PASSES, (1024, 1024): PASSES}
-QUICK_SCALE: tuple[tuple[Size, int], ...] = tuple(((side, side), 1) for side in (256, 384, 512, 768))
-FULL_SCALE = (*QUICK_SCALE, ((1024, 1024), 1), ((1536, 1536), 1), ((2048, 2048), 1), ((512, 512), 2), ((512, 512), 4))
+
+class Side(NamedTuple):
+    """A way of ours. mode: of torch.compile; none: as it is."""
+
+    dtype: torch.dtype = torch.float32
+    mode: str | None = None
+
+
+# On a processor everything is computed in float32.
+HALF_SIDES = {
+    "ours in half precision": Side(torch.float16),
+    "the same compiled": Side(torch.float16, "default"),
+    "the same with CUDA graphs": Side(torch.float16, "reduce-overhead"),
+}
+SIDES: Mapping[str, Side] = {OURS: Side()} | (HALF_SIDES if DEVICE.type == "cuda" else {})
+
+
+class Case(NamedTuple):
+    """What is decoded: a square, how many of it, in how many passes."""
+
+    side: int
+    batch: int = 1
+    passes: int = 1
+
+    def __str__(self) -> str:
+        several = [f"{self.batch} pictures"] * (self.batch > 1) + [f"{self.passes} passes"] * (self.passes > 1)
+        return ", ".join([f"{self.side}×{self.side}", *several])
+
+
+QUICK = [Case(side) for side in (256, 512, 1024)]
+FULL = [*QUICK, Case(1536), Case(512, 4), Case(512, passes=8), Case(1024, passes=8)]
+ON_GPU = [Case(side, batch, passes) for side in (512, 1024, 2048) for batch in (1, 4) for passes in (1, 8)]
+# At most, of the reference's time: what is promised of a large picture.
+LARGE, DEMAND = 1024, 1 / 2.2 if DEVICE.type == "cpu" else 1 / 4
 
 
 def networks() -> tuple[nn.Module, dict[str, Tensor]]:
@@ -80,15 +104,19 @@ def reference_decode(net: nn.Module, rgb: Tensor, latent: Tensor, passes: int) -
 def makers() -> dict[str, Callable[[], Callable[..., Tensor]]]:
     """What makes each side's `decode(rgb, latent, passes)`."""
 
-    def ours(dtype: torch.dtype) -> Callable[..., Tensor]:
+    def ours(side: Side) -> Callable[..., Tensor]:
         _, state_dict = networks()
-        decoder = TransparentDecoder.from_state_dict({key: x.to(dtype) for key, x in state_dict.items()}).to(DEVICE)
+        decoder = TransparentDecoder.from_state_dict({key: x.to(side.dtype) for key, x in state_dict.items()}).to(
+            DEVICE
+        )
+        if side.mode:
+            decoder.compile(mode=side.mode)
         return TransparentVAE(decoder).decode
 
     def reference() -> Callable[..., Tensor]:
         return partial(reference_decode, networks()[0])
 
-    return {REFERENCE: reference} | {side: partial(ours, dtype) for side, dtype in PRECISIONS.items()}
+    return {REFERENCE: reference} | {name: partial(ours, side) for name, side in SIDES.items()}
 
 
 class Work(NamedTuple):
@@ -133,11 +161,6 @@ class Work(NamedTuple):
         return max(computing, self.numbers * dtype.itemsize / about["bytes per second"])
 
 
-def psnr(a: Tensor, b: Tensor) -> float:
-    error = (a - b).square().mean().item()
-    return 10 * math.log10(1 / error) if error else math.inf
-
-
 def worst(a: Tensor, b: Tensor) -> dict[str, float]:
     in_bytes = [(x * 255).round() for x in (a, b)]
     return {"float": (a - b).abs().max().item(), "of 255": (in_bytes[0] - in_bytes[1]).abs().max().item()}
@@ -147,100 +170,65 @@ def keep(answers: dict[str, Tensor], side: str, decode: Callable[[], Tensor]) ->
     answers[side] = decode()
 
 
-def speed(about: dict[str, Any], sizes: dict[Size, tuple[int, ...]]) -> Iterator[Figure]:
-    decoders = {side: make() for side, make in makers().items()}
-    for (width, height), counts in sizes.items():
-        rgb, latent = picture(width, height)
-        work = Work.counted(width, height)
-        for passes in counts:
-            answers: dict[str, Tensor] = {}
-            works = {
-                side: partial(keep, answers, side, partial(decode, rgb, latent, passes))
-                for side, decode in decoders.items()
-            }
-            samples = measure.interleaved(works, rounds=3 if passes <= 2 else 2, warm_up=passes == 1)
-            limits = {side: passes * work.least_seconds(about, dtype) for side, dtype in PRECISIONS.items()}
-            yield figure(
-                f"decode {width}x{height}, {passes} passes",
-                "s",
-                samples,
-                *(f"{side} / {REFERENCE}" for side in limits),
-                demand=DEMANDS,
-                limit=limits,
-                error={side: worst(answers[side], answers[REFERENCE]) for side in limits},
-            )
-
-
-def quality(size: Size) -> Iterator[Figure]:
-    rgb, latent = picture(*size)
-    decode = makers()[OURS]()
-    answers = {passes: decode(rgb, latent, passes) for passes in PASSES}
-    sides = {f"{passes} passes": [psnr(answers[passes], answers[8])] for passes in PASSES[:-1]}
-    yield figure(f"PSNR against 8 passes, {size[0]}x{size[1]}", "dB", sides)
-
-
-def taken(side: str, size: Size, batch: int, passes: int) -> dict[str, float]:
-    """Seconds and peak memory of one decode in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.decode", "--one", json.dumps([side, size, batch, passes])]
-    return json.loads(
-        subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout.splitlines()[-1]
+def speed(about: dict[str, Any], case: Case, decoders: Mapping[str, Callable[..., Tensor]]) -> Figure:
+    rgb, latent = picture(case.side, case.side, case.batch)
+    answers: dict[str, Tensor] = {}
+    works = {
+        side: partial(keep, answers, side, partial(decode, rgb, latent, case.passes))
+        for side, decode in decoders.items()
+    }
+    samples = measure.interleaved(works, rounds=2 if case.passes > 1 else 3)
+    work, times = Work.counted(case.side, case.side), case.batch * case.passes
+    return figure(
+        str(case),
+        "s",
+        samples,
+        *(f"{side} / {REFERENCE}" for side in SIDES),
+        demand={f"{side} / {REFERENCE}": DEMAND for side in SIDES} if case.side >= LARGE else {},
+        limit={name: times * work.least_seconds(about, side.dtype) for name, side in SIDES.items()},
+        error={side: worst(answers[side], answers[REFERENCE]) for side in SIDES},
+        case=case,
     )
 
 
-def one(side: str, size: Size, batch: int, passes: int) -> dict[str, float]:
+def memory(case: Case) -> Figure:
+    """Beyond the weights, of one decode in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.decode", "--peak"]
+    peaks = {
+        side: subprocess.run([*command, json.dumps([side, case])], check=True, capture_output=True).stdout
+        for side in makers()
+    }
+    return figure(str(case), "MiB", {side: [int(peak) / 2**20] for side, peak in peaks.items()}, case=case)
+
+
+def peak(side: str, case: Case) -> int:
     decode = makers()[side]()
     decode(*picture(64, 64), 1)  # what is loaded at the first use is not the picture's
-    rgb, latent = picture(*size, batch)
-    spent: list[float] = []
-    peak = measure.peak_memory(lambda: spent.append(measure.seconds(lambda: decode(rgb, latent, passes))))
-    return {"seconds": spent[0], "bytes": peak}
+    return measure.peak_memory(partial(decode, *picture(case.side, case.side, case.batch), case.passes))
 
 
-def memory(size: Size, rounds: int) -> Iterator[Figure]:
-    cases = {f"{side}, {passes} passes": (side, passes) for side in makers() for passes in (1, 8)}
-    sides: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(rounds):
-        for name, (side, passes) in cases.items():
-            sides[name].append(taken(side, size, 1, passes)["bytes"] / 2**20)
-    ratios = [f"{side}, 8 passes / {REFERENCE}, 1 passes" for side in makers()]
-    yield figure(
-        f"peak memory of a decode, {size[0]}x{size[1]}", "MiB", sides, *ratios, demand=dict.fromkeys(ratios[1:], 1)
-    )
-
-
-def scale(points: tuple[tuple[Size, int], ...], largest_reference: int) -> Iterator[Figure]:
-    for size, batch in points:
-        fitting = [side for side in makers() if side != REFERENCE or batch * size[0] * size[1] <= largest_reference]
-        runs = {side: taken(side, size, batch, 1) for side in fitting}
-        for key, unit, divisor in (("seconds", "s", 1), ("bytes", "MiB", 2**20)):
-            sides = {side: [run[key] / divisor] for side, run in runs.items()}
-            about = {"size": size, "batch": batch}
-            yield figure(f"{size[0]}x{size[1]}, batch {batch}, 1 pass: {key}", unit, sides, scale=about)
-
-
-def figures(about: dict[str, Any], full: bool) -> Iterator[Figure]:
-    yield from speed(about, FULL if full else QUICK)
-    yield from quality((768, 768) if full else (512, 512))
-    yield from memory((512, 512), rounds=3)
-    if full:
-        yield from memory((1024, 1024), rounds=1)
-    yield from scale(FULL_SCALE if full else QUICK_SCALE, largest_reference=1536**2)
+def figures(about: dict[str, Any], cases: list[Case]) -> Iterator[Figure]:
+    decoders = {side: make() for side, make in makers().items()}
+    for case in cases:
+        yield speed(about, case, decoders)
+        yield memory(case)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/decode.json"))
-    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--peak", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one:
-        print(json.dumps(one(*arguments.one)))
-    else:
-        about = measure.machine(DEVICE, PRECISIONS.values(), HEAD_DIM)
-        found: list[Figure] = []
-        for each in figures(about, arguments.full):
-            found.append(each)
-            write(arguments.out, about, found)
+    if arguments.peak:
+        side, case = arguments.peak
+        print(peak(side, Case(*case)))
+        return
+    about = measure.machine(DEVICE, {side.dtype for side in SIDES.values()}, HEAD_DIM)
+    found: list[Figure] = []
+    for each in figures(about, ON_GPU if DEVICE.type == "cuda" else FULL if arguments.full else QUICK):
+        found.append(each)
+        write(arguments.out, about, found)
 
 
 if __name__ == "__main__":

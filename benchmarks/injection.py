@@ -147,12 +147,13 @@ class Comparison:
         name = f"SD1.5, {what}, {size}x{size}"
         demand = {"ours / plain": {1: 1.15, 3: 1.30}[frames], "ours / existing": 0.85}
         yield figure(f"{name}: step", "s", timed, *pairs, demand=demand)
-        yield figure(f"{name}: what a job's first step takes beyond the others", "s", first)
+        yield figure(f"{name}: what a job's first step takes beyond the others", "s", first, detail=True)
         counted = {  # our first step merges weights
             side: self.run(side, method, steps=1 + (side == OURS), counts=True, **of_job)[-1] for side in timed
         }
         giga = {side: [line["operations"] / 1e9] for side, line in counted.items()}
-        yield figure(f"{name}: operations of a step's products (their ratio bounds the times')", "GFLOP", giga, *pairs)
+        what = "operations of a step's products (their ratio bounds the times')"
+        yield figure(f"{name}: {what}", "GFLOP", giga, *pairs, detail=True)
         if used := {side: [line["device_bytes"] / MIB] for side, line in counted.items() if "device_bytes" in line}:
             yield figure(f"{name}: highest memory of each server's GPU so far", "MiB", used)
 
@@ -205,7 +206,7 @@ def first_jobs(found: Mapping[str, Sequence[FirstJobs]]) -> Iterator[Figure]:
         yield figure(f"{name}: {which} job after a start, with its pictures", "s", times)
     for kind in found[OURS][0].memory:
         used = {side: [one.memory[kind] for one in several] for side, several in found.items()}
-        yield figure(f"{name}: {kind} memory after two jobs", "MiB", used)
+        yield figure(f"{name}: {kind} memory after two jobs", "MiB", used, detail=kind != "private")
 
 
 def sdxl(forge: Forge, plan: Plan) -> Iterator[Figure]:
@@ -224,10 +225,10 @@ def sdxl(forge: Forge, plan: Plan) -> Iterator[Figure]:
     yield figure(f"{name}: step", "s", timed, *ratios, demand=demand)
     counted = {side: job(forge, field, steps=2, counts=True, **size)[-1] for side, field in sides.items()}
     giga = {side: [line["operations"] / 1e9] for side, line in counted.items()}
-    yield figure(f"{name}: operations of a step's products", "GFLOP", giga, *ratios)
+    yield figure(f"{name}: operations of a step's products", "GFLOP", giga, *ratios, detail=True)
     for kind in used[PLAIN][0]:
         of_kind = {side: [one[kind] for one in several] for side, several in used.items()}
-        yield figure(f"{name}: {kind} memory after a job", "MiB", of_kind)
+        yield figure(f"{name}: {kind} memory after a job", "MiB", of_kind, detail=kind != "private")
     jobs = {"stops": layerdiffuse(SDXL_ATTENTION, stop=0.5), "starts": starting(SDXL_ATTENTION)}
     yield from switching("SDXL", SDXL_SIZE, {key: (forge, field) for key, field in jobs.items()}, plan.switches)
     yield merges(forge)

@@ -102,7 +102,8 @@ class DifferentialDiffusion(scripts.Script):
     def postprocess_maskoverlay(self, p: Job, ppmo: Any, *args: Any) -> None:
         if session := change_of(p):
             with ending_job(p):
-                ppmo.overlay_image = session.overlay(p, p.batch_index, ppmo.overlay_image)
+                overlay = outputs.one_overlay(ppmo.overlay_image)
+                ppmo.overlay_image = session.overlay(p, p.batch_index, overlay)
 
     def postprocess(self, p: Job, processed: Processed, *args: Any) -> None:
         with ending_job(p, processed):
@@ -170,6 +171,7 @@ class LayerDiffuse(scripts.Script):
 
     def postprocess_maskoverlay(self, p: Job, ppmo: Any, *args: Any) -> None:
         if session := session_of(p):
+            ppmo.overlay_image = outputs.one_overlay(ppmo.overlay_image)
             session.before_overlay(p.batch_index, ppmo.overlay_image)
 
     def postprocess_image_after_composite(self, p: Job, pp: Any, *args: Any) -> None:

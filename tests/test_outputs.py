@@ -300,3 +300,11 @@ def test_a_mark_may_say_no_more_than_that_it_is_ours():
 @pytest.mark.parametrize("shown", ["out/00001-1.png", None, ("out/00001-1.png", "a caption")])
 def test_what_else_a_gallery_may_hold_has_no_caption(shown):
     assert outputs.caption_of(shown) == ""
+
+
+def test_an_overlay_of_two_parts_becomes_one_picture():
+    original, seen = Image.new("RGB", (2, 1), (9, 8, 7)), np.array([[0.0, 0.6]], dtype=np.float32)
+    overlay = outputs.one_overlay((original, seen))
+    assert np.asarray(overlay).tolist() == [[[9, 8, 7, 255], [9, 8, 7, 102]]]
+    assert outputs.one_overlay(overlay) is overlay
+    assert outputs.one_overlay(None) is None

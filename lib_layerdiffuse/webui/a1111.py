@@ -61,6 +61,7 @@ FILL_SURROUNDINGS, FILL_ORIGINAL, FILL_NOISE, FILL_NOTHING = range(4)
 LATENT_RESIZE = 3
 MASK_SETTINGS = (
     "image_mask",
+    "mask_blur",  # of Neo; others have two
     "mask_blur_x",
     "mask_blur_y",
     "mask_round",
@@ -262,10 +263,10 @@ class WebUI:
             p.image_mask = as_mask(mask)
 
     def set_mask(self, p: Job, mask: Image.Image) -> None:
-        p.layerdiffuse_mask = {name: getattr(p, name) for name in MASK_SETTINGS}
+        p.layerdiffuse_mask = {name: vars(p)[name] for name in MASK_SETTINGS if name in vars(p)}
         if p.image_mask is None:
             p.inpaint_full_res, p.inpainting_fill = False, FILL_ORIGINAL
-        p.image_mask, p.mask_blur_x, p.mask_blur_y, p.mask_round, p.inpainting_mask_invert = mask, 0, 0, False, 0
+        p.image_mask, p.mask_blur, p.mask_round, p.inpainting_mask_invert = mask, 0, False, 0
 
     def restore_mask(self, p: Job) -> None:
         vars(p).update(p.layerdiffuse_mask)

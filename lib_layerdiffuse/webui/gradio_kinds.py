@@ -1,6 +1,6 @@
 """Gradio 4, and 3.41 as reForge and Classic have it, where one does not take what the other does."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any
 
@@ -13,3 +13,8 @@ IMAGE: Mapping[str, Any] = {"format": "png", "sources": ["upload", "clipboard"]}
 
 # Of an event that all pages may have at once, pressed again before the first has ended; in Gradio 3 the queue is one.
 AT_ONCE: Mapping[str, Any] = {"trigger_mode": "multiple", "concurrency_limit": None} if IS_NEWER else {}
+
+
+def worded_choices(pairs: Sequence[tuple[str, str]]) -> Sequence[Any]:
+    """What a list says and what stands for it, each; Gradio 3 says what stands for it."""
+    return pairs if IS_NEWER else [value for _, value in pairs]

@@ -38,8 +38,7 @@ class Job(Protocol):
     init_images: list[Image.Image]
     resize_mode: int
     image_mask: Image.Image | None
-    mask_blur_x: int
-    mask_blur_y: int
+    mask_blur: int  # in both directions
     mask_round: bool
     inpainting_fill: int
     inpainting_mask_invert: int

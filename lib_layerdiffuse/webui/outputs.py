@@ -73,6 +73,19 @@ def off_grey(picture: Image.Image) -> Image.Image:
     return to_pil(torch.cat([premultiplied / alpha.clamp(min=SMALLEST_ALPHA), alpha]))
 
 
+def one_overlay(overlay: Any) -> Image.Image | None:
+    """What a host lays over a picture, as an RGBA.
+
+    Neo may have a pair: the original, and how much of the picture is seen, 0 to 1 (its `img2img_inpaint_precise_mask`).
+    """
+    if not isinstance(overlay, tuple):
+        return overlay
+    original, seen = overlay
+    rgba = original.convert("RGB")
+    rgba.putalpha(Image.fromarray((255 * (1 - seen)).round().astype(np.uint8)))
+    return rgba
+
+
 def placed(picture: Image.Image, region: Box, width: int, height: int) -> Image.Image:
     """The picture (RGBA) in that region of an empty one, as hosts put back what they sampled enlarged."""
     left, upper, right, lower = region

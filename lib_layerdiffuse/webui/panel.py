@@ -34,7 +34,7 @@ from lib_layerdiffuse.request.layers import AS_IN_SETTINGS, FORM
 from lib_layerdiffuse.vae import PASSES
 from lib_layerdiffuse.version import own_version
 from lib_layerdiffuse.webui.extension import Extension
-from lib_layerdiffuse.webui.gradio_kinds import AT_ONCE, IMAGE
+from lib_layerdiffuse.webui.gradio_kinds import AT_ONCE, IMAGE, worded_choices
 from lib_layerdiffuse.webui.status_line import Sentence, forecast
 from lib_layerdiffuse.weights.downloads import State, Status
 
@@ -263,9 +263,11 @@ def fitting(method: Method, family: Family | None) -> Any:
     return gr.update(choices=choices(family), value=counterpart(method, methods_of(family)).label)
 
 
-def choices(family: Family | None) -> list[tuple[str, str]]:
+def choices(family: Family | None) -> Sequence[Any]:
     """What the list of methods says, and what stands for it in jobs, infotexts and saved defaults."""
-    return [(worded(each.title if family else each.full_title), each.label) for each in methods_of(family)]
+    return worded_choices(
+        [(worded(each.title if family else each.full_title), each.label) for each in methods_of(family)]
+    )
 
 
 def worded(words: str) -> str:
@@ -350,7 +352,7 @@ def add_settings() -> None:
             ["opaque"],
             "Beside each transparent picture, show and save",
             gr.CheckboxGroup,
-            {"choices": [(extra.label, name) for name, extra in EXTRAS.items()]},
+            {"choices": worded_choices([(extra.label, name) for name, extra in EXTRAS.items()])},
             section=section,
         ),
     )
