@@ -27,12 +27,16 @@ def table(figures: Sequence[Figure]) -> str:
     for name in dict.fromkeys(each["name"] for each in shown):
         own = [each for each in shown if each["name"] == name]
         sides = {
-            side: ", ".join(f"{each['sides'][side]['median']:.3g} {each['unit']}" for each in own)
+            side: ", ".join(f"{digits(each['sides'][side]['median'])} {each['unit']}" for each in own)
             for side in own[0]["sides"]
         }
         medians = "<br>".join(f"{side} {values}" for side, values in sides.items())
         rows.append(f"| {name} | {medians} | {'<br>'.join(remark for each in own for remark in remarks(each))} |")
     return "\n".join(rows)
+
+
+def digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def shown(value: Any) -> str:

@@ -25,6 +25,11 @@ def three_threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def small_is_large(monkeypatch):
+    monkeypatch.setattr(decoder, "LARGE", 1)
+
+
 @pytest.fixture(scope="module")
 def net():
     return TransparentDecoder.from_state_dict(random_state_dict(ReferenceDecoder(WIDTHS)))
@@ -37,20 +42,20 @@ def random_input(height=128, width=64, batch=1, seed=0):
 
 
 @pytest.mark.parametrize("strip_bytes", [1, 2**15, 2**30], ids=["two rows", "some rows", "all rows"])
-@pytest.mark.parametrize("compiles", [1, 2**30], ids=["compiled", "torch alone"])
+@pytest.mark.parametrize("found", [kernel, lambda: None], ids=["compiled", "torch alone"])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_it_answers_as_the_network(net, monkeypatch, strip_bytes, compiles, mode):
+def test_it_answers_as_the_network(net, monkeypatch, strip_bytes, found, mode):
     monkeypatch.setattr(decoder, "STRIP_BYTES", strip_bytes)
-    monkeypatch.setattr(decoder, "WORTH_COMPILING", compiles)
+    monkeypatch.setattr(decoder, "kernel", found)
     with mode():
         pictures = random_input(batch=2)
         torch.testing.assert_close(FastDecoder(net)(*pictures), net(*pictures), rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("compiles", [1, 2**30], ids=["compiled", "torch alone"])
+@pytest.mark.parametrize("found", [kernel, lambda: None], ids=["compiled", "torch alone"])
 @torch.no_grad()
-def test_it_answers_as_diffusers_blocks_of_the_released_widths(monkeypatch, compiles):
-    monkeypatch.setattr(decoder, "WORTH_COMPILING", compiles)
+def test_it_answers_as_diffusers_blocks_of_the_released_widths(monkeypatch, found):
+    monkeypatch.setattr(decoder, "kernel", found)
     reference = ReferenceDecoder(RELEASED_WIDTHS)
     fast = FastDecoder(TransparentDecoder.from_state_dict(random_state_dict(reference)))
     for seed, size in enumerate([(256, 192), (64, 128)]):  # the second finds nothing of the first
@@ -128,7 +133,6 @@ def test_where_numba_fails_it_is_said_and_not_tried_again(net, error, monkeypatc
 
     monkeypatch.delitem(sys.modules, "lib_layerdiffuse.cpu.kernels", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
-    monkeypatch.setattr(decoder, "WORTH_COMPILING", 1)
     caplog.set_level("INFO", "layerdiffuse")
     with torch.no_grad():
         for _ in range(2):

@@ -31,7 +31,9 @@ def test_a_web_ui_that_has_everything_lacks_nothing(modules):
 def test_what_a_newer_web_ui_has_no_longer_is_named(modules):
     del modules["modules.processing"].Processed.js
     del modules["modules.images"].save_image
-    with pytest.raises(LayerDiffuseError, match=r"no modules\.images\.save_image or modules\.processing\.Processed\.js"):
+    with pytest.raises(
+        LayerDiffuseError, match=r"no modules\.images\.save_image or modules\.processing\.Processed\.js"
+    ):
         detect.web_ui()
 
 

@@ -118,6 +118,9 @@ class SmallHost:
     def fills_mask(self, p):
         return p.fills
 
+    def latent_mask(self, p):
+        return getattr(p, "cells", None)
+
     def mask(self, p):
         return getattr(p, "mask", None)
 
@@ -788,16 +791,18 @@ def test_a_region_is_encoded_enlarged(extension):
     assert_starts(start, [Image.new("RGBA", (16, 16), (0, 255, 0, 60))])
 
 
+@pytest.mark.parametrize("hook", [True, False])
 @pytest.mark.parametrize("fills", [True, False])
-def test_what_is_masked_starts_from_its_surroundings_where_the_job_says_so(fills):
+def test_what_is_masked_starts_from_its_surroundings_where_the_job_says_so(fills, hook):
     host = SmallHost()
     around = Image.new("RGBA", (16, 16), (200, 30, 0, 102))
     image, mask = around.copy(), Image.new("L", (16, 16), 0)
     image.paste((0, 0, 255, 255), (5, 5, 11, 11))
     mask.paste(255, (5, 5, 11, 11))
     work = starting(host, [image])
-    work.before_inits(mask)
-    work.before_sampling(job([torch.zeros(1, 4, 2, 2)], fills=fills))
+    if hook:
+        work.before_inits(mask)
+    work.before_sampling(job([torch.zeros(1, 4, 2, 2)], fills=fills, cells=None if hook else mask))
     [start] = host.starts
     assert_starts(start, [around if fills else image])
 

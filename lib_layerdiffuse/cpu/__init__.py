@@ -12,6 +12,7 @@ are eight numbers wide is slow in every library. So:
   shares each operation spins after it, and holds the core that another piece needs.
 - `attention.py` decides between torch's attention and the kernel in `kernels.py`, which numba compiles at the first
   large picture after an installation and keeps on disk. Without numba everything else stays as it is.
+- Small pictures are left to the plain network, which is as fast there.
 
 All is float32, whatever the weights are in. A change of `nets/decoder.py` must be made in `decoder.py` here too;
 `tests/test_cpu.py` compares the two. What each part is worth is in benchmarks/RESULTS.md.

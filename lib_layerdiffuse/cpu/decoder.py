@@ -20,7 +20,7 @@ from lib_layerdiffuse.tensors import Argb, Latent, Rgb
 STRIP_BYTES = 2 * 2**20  # of a layer's input or output: stays in a core's cache
 SHARES = 2  # of a layer, at least, for each thread: none waits for long for another
 VECTOR = 16  # channels that are never divided
-WORTH_COMPILING = 2**17  # pixels; with fewer, loading what was compiled (a second) takes more than it saves
+LARGE = 2**17  # pixels; with fewer the plain network is as fast
 
 Normalising: TypeAlias = Sequence[tuple[Tensor, Tensor]]  # a scale and a shift of each source, [C, 1, 1]
 Shortcut: TypeAlias = Callable[[Tensor, slice, slice], object]  # adds to these channels and rows
@@ -61,11 +61,13 @@ class FastDecoder:
     @torch.no_grad()
     def __call__(self, rgb: Rgb, latent: Latent) -> Argb:
         """One picture after another: the raw answer, not clipped to [0, 1]."""
-        return torch.cat([self._decode(*(x.float() for x in one)) for one in zip(rgb.split(1), latent.split(1))])
+        rgb, latent = rgb.float(), latent.float()
+        if rgb[0, 0].numel() < LARGE:
+            return self._net(rgb, latent)
+        return torch.cat([self._decode(*one) for one in zip(rgb.split(1), latent.split(1))])
 
     def _decode(self, rgb: Rgb, latent: Latent) -> Argb:
         net: Any = self._net
-        self._is_large = rgb[0, 0].numel() >= WORTH_COMPILING
         x = self._convolve([self._whole(rgb)], net.conv_in)
         skips = [x]
         for level, block in enumerate(net.down_blocks):
@@ -103,7 +105,9 @@ class FastDecoder:
         """A 3×3 convolution of the sources, joined in channels; first normalised and activated, or twice as large."""
         height, width = (side * (1 + enlarged) // conv.stride[0] for side in sources[0].values.shape[2:])
         normalising = normalisation(sources, norm) if norm else None
-        weight, bias, stride = channels_last(conv.weight), conv.bias, conv.stride[0]
+        # Few pixels, and so divided by channels: to turn the weights around would take longer than to use them.
+        ordered = Tensor.contiguous if conv.weight.numel() > height * width * conv.out_channels else channels_last
+        weight, bias, stride = ordered(conv.weight), conv.bias, conv.stride[0]
 
         def piece(channels: slice, rows: slice) -> Tensor:
             if enlarged:
@@ -111,7 +115,7 @@ class FastDecoder:
                 x = F.interpolate(small, scale_factor=2.0)[:, :, 1:-1, 1:-1]
             else:
                 x = read(sources, normalising, rows.start * stride - 1, (rows.stop - 1) * stride + 2)
-            y = F.conv2d(x, weight[channels], None if bias is None else bias[channels], stride)
+            y = F.conv2d(ordered(x), weight[channels], None if bias is None else bias[channels], stride)
             if shortcut:
                 shortcut(y, channels, rows)
             return y
@@ -125,7 +129,7 @@ class FastDecoder:
         if isinstance(attention, nn.Identity):
             return source
         [(scale, shift)] = normalisation([source], attention.group_norm)
-        attend = kernel() if self._is_large else None
+        attend = kernel()
         _, channels, height, width = source.values.shape
         x = source.values[0].flatten(1)  # -> [C, HW]
         mixed = torch.empty(channels, height * width)

@@ -43,6 +43,7 @@ from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.images.rgba import Box, ResizeMode, as_mask
 from lib_layerdiffuse.request.layers import Request
 from lib_layerdiffuse.tensors import Latent
+from lib_layerdiffuse.vae import LATENT_STRIDE
 from lib_layerdiffuse.webui import outputs, pictures
 from lib_layerdiffuse.webui.batches import fitted
 from lib_layerdiffuse.webui.changes import after, change, divert
@@ -250,6 +251,13 @@ class WebUI:
 
     def fills_mask(self, p: Job) -> bool:
         return p.inpainting_fill == FILL_SURROUNDINGS
+
+    def latent_mask(self, p: Job) -> Image.Image | None:
+        if p.nmask is None:
+            return None
+        cells = p.nmask.flatten(0, -3)[0]
+        image = Image.fromarray((255 * cells).round().byte().cpu().numpy())
+        return image.resize([LATENT_STRIDE * side for side in image.size], Image.Resampling.NEAREST)
 
     def mask(self, p: Job) -> Image.Image | None:
         given = getattr(p, "image_mask", None)

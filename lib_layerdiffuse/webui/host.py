@@ -130,6 +130,9 @@ class Host(Protocol):
     def fills_mask(self, p: Job) -> bool:
         """Whether what is masked starts from its surroundings instead of from what is there."""
 
+    def latent_mask(self, p: Job) -> Image.Image | None:
+        """The mask as it is sampled, cell by cell: for hosts that have no hook to say it pixel by pixel."""
+
     def mask(self, p: Job) -> Image.Image | None:
         """The inpaint mask: mode L, 255 where the picture is painted over, not blurred yet."""
 

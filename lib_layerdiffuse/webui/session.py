@@ -156,8 +156,8 @@ class Session:
         """The latents of the picture over grey, and of the picture with its transparency, in VAE space."""
         assert self.vae is not None, "a start without an encoder"
         rgba = from_pil(seen(self.host, p, init))[None]
-        if self._mask and self.host.fills_mask(p):
-            rgba = fill_masked(rgba, from_pil(whole_cells(self._mask))[None, :1])
+        if self.host.fills_mask(p) and (mask := self._mask or self.host.latent_mask(p)):
+            rgba = fill_masked(rgba, from_pil(whole_cells(mask))[None, :1])
         return self.engine.encode(self.vae, rgba)
 
     def _condition(self, p: Job, width: int, height: int) -> Tensor | None:
