@@ -32,7 +32,7 @@ BRIEF: dict[str, Sequence[str]] = {
     "forge/test_pictures.py": [
         "test_a_transparent_picture_and_then_the_opaque_one[(SD1.5)",
         "test_a_transparent_picture_and_then_the_opaque_one[(SDXL) Only Generate Transparent Image (Attention",
-        "test_hires_fix[Latent",
+        "test_hires_fix",
     ],
     "forge/test_refusals.py": ["test_an_sdxl_method_on_an_sd15_model[(SDXL) Only Generate Transparent Image (Conv"],
     "forge/test_routes.py": [

@@ -1,16 +1,24 @@
-"""How functions of a web UI are changed, for what it has no hook: once, however often it loads its scripts again."""
+"""How functions of a web UI are changed, for what it has no hook: once, however often it loads its scripts again.
+
+A web UI of another version may have a function no longer. That costs what was changed there, and no more.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+log = logging.getLogger("layerdiffuse")
+
 
 def change(owner: Any, name: str, changed: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Put `changed(original)` in the place of `owner.name`."""
-    original = getattr(owner, name)
-    if hasattr(original, "changed_by_layerdiffuse"):
+    original = getattr(owner, name, None)
+    if original is None:
+        log.warning("this web UI has no %s in %s: LayerDiffuse leaves it as it is there", name, owner)
+    if original is None or hasattr(original, "changed_by_layerdiffuse"):
         return
     function = wraps(original)(changed(original))
     function.changed_by_layerdiffuse = True  # type: ignore[attr-defined]

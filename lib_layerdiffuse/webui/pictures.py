@@ -50,10 +50,11 @@ def keep_alpha() -> None:
     change(images, "save_image_with_geninfo", opaque_in_lossy_files)
     change(images, "draw_grid_annotations", transparent_between_legends)
     change(scripts.ScriptRunner, "run", with_notes)
-    if combining := module_of("prompts_from_file.py"):
+    combining = module_of("prompts_from_file.py")
+    if hasattr(combining, "image_grid"):  # of Forge and ersatz; others combine none
         change(combining, "image_grid", of_opaque_pictures)
-    if upscaling := module_of("postprocessing_upscale.py"):
-        change(upscaling.ScriptPostprocessingUpscale, "upscale", cropping_with_alpha)
+    if upscaling := getattr(module_of("postprocessing_upscale.py"), "ScriptPostprocessingUpscale", None):
+        change(upscaling, "upscale" if hasattr(upscaling, "upscale") else "_upscale", cropping_with_alpha)
 
 
 def opaque_in_lossy_files(original: Function) -> Function:
@@ -106,13 +107,18 @@ def of_opaque_pictures(original: Function) -> Function:
 
 def cropping_with_alpha(original: Function) -> Function:
     """Extras' "Crop to fit", for which Forge has an opaque canvas (postprocessing_upscale.py:106)."""
+    parameters = signature(original)
 
-    def upscale(self: Any, image: Image.Image, info: Any, *rest: Any) -> Image.Image:
-        *others, width, height, crop = rest
-        if not crop or image.mode != "RGBA":
-            return original(self, image, info, *rest)
-        enlarged = original(self, image, info, *others, width, height, False)
-        info["Postprocess crop to"] = f"{width}x{height}"
+    def upscale(*args: Any) -> Image.Image:
+        asked = parameters.bind(*args)
+        values = asked.arguments
+        to_size = values["upscale_mode"] == 1
+        if not (to_size and values["upscale_crop"] and values["image"].mode == "RGBA"):
+            return original(*args)
+        values["upscale_crop"] = False
+        enlarged = original(*asked.args)
+        width, height = values["upscale_to_width"], values["upscale_to_height"]
+        values.get("info", {})["Postprocess crop to"] = f"{width}x{height}"  # not in ersatz
         left, upper = enlarged.width // 2 - width // 2, enlarged.height // 2 - height // 2
         return enlarged.crop((left, upper, left + width, upper + height))
 

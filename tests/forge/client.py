@@ -214,6 +214,17 @@ class Forge:
         assert answer.status == 200, answer.body
         return answer.images[0]
 
+    def script(self, name: str, values: "dict[str, object]", is_img2img: bool = False) -> dict:
+        """The request fields that run one of the host's scripts, with these values by label and its own of the rest."""
+        rows = self.request("sdapi/v1/script-info").body
+        [arguments] = [row["args"] for row in rows if row["name"] == name and row["is_img2img"] == is_img2img]
+        labels = [(argument["label"] or "").lower() for argument in arguments]
+        asked = {labels.index(label.lower()): value for label, value in values.items()}
+        return {
+            "script_name": name,
+            "script_args": [asked.get(i, argument["value"]) for i, argument in enumerate(arguments)],
+        }
+
     def describe(self, endpoint: str, body: dict, answer: Answer) -> str:
         arguments = body.get("alwayson_scripts", {}).get("LayerDiffuse", {}).get("args", [False])
         count = body.get("batch_size", 1) * body.get("n_iter", 1)
@@ -265,8 +276,13 @@ class Forge:
             file.seek(before)
             latents.extend(json.loads(line) for line in file)
 
+    @property
+    def outputs(self) -> Path:
+        """Where pictures are saved; of another name in Neo."""
+        return self.folder / ("output" if (self.folder / "output").exists() else "outputs")
+
     def saved_files(self) -> set[Path]:
-        return {path for path in (self.folder / "outputs").rglob("*") if path.is_file()}
+        return {path for path in self.outputs.rglob("*") if path.is_file()}
 
     def note_peak_memory(self) -> None:
         """Keep the highest resident memory of the server so far; Linux only, and only while it runs."""

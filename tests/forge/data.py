@@ -52,6 +52,7 @@ MODEL_FILES = (
 OPTIONS = {
     "sd_model_checkpoint": CHECKPOINTS["sd15"],
     "show_progress_type": "Approx cheap",
+    "CLIP_stop_at_last_layers": 1,  # Neo's own is 2
     "samples_format": "png",
     "stealth_pnginfo_option": "Alpha",
     "return_grid": False,

@@ -4,6 +4,7 @@ import pytest
 from PIL import Image, ImageChops
 
 from tests.forge.client import SD15_ATTENTION, SD15_FG_TO_BG, alpha_varies, layerdiffuse, same, to_base64
+from tests.forge.hosts import needs
 from tests.forge.test_inpainting import cut_out, equal_where, looks_over_grey_like, mask
 
 SMALL = {"width": 64, "height": 64, "steps": 2}
@@ -98,6 +99,7 @@ def test_a_detailer_in_inpainting(forge):
     assert looks_over_grey_like(answer.images[0], answer.images[1], both)
 
 
+@needs("HRFix")
 def test_a_unet_that_shrinks_the_picture_on_the_way(forge):
     """Layers without a condition image are sampled all the same; a condition image would have no place."""
     arguments = [True, 3, 2.0, 0, 1, True, "bicubic", "bicubic"]

@@ -19,6 +19,7 @@ from tests.forge.client import (
     same,
     to_base64,
 )
+from tests.forge.hosts import needs
 from tests.forge.test_inpainting import looks_over_grey_like
 
 REFERENCE = Path(__file__).resolve().parent / "reference_roundtrip.py"
@@ -94,6 +95,7 @@ def test_ways_to_resize(forge, mode):
     assert same(answer.images[0], stretched.images[0]) == (mode == 0)
 
 
+@needs("any size")
 def test_a_size_that_8_does_not_divide(forge):
     """As in txt2img: the last pixels that fill no cell of the latent are left out."""
     answers = forge.img2img(disc(), TRANSPARENT, width=67, height=100), forge.txt2img(TRANSPARENT, width=67, height=100)
@@ -113,8 +115,8 @@ def test_colour_correction_is_for_colours_over_grey(forge):
 def test_extras_that_crop_keep_alpha(forge):
     how = {"resize_mode": 1, "upscaler_1": "Lanczos", "upscaling_resize_w": 100, "upscaling_resize_h": 80}
 
-    def enlarged(picture, crop):
-        body = {**how, "upscaling_crop": crop, "image": to_base64(picture)}
+    def enlarged(picture, crop, **more):
+        body = {**how, "upscaling_crop": crop, "image": to_base64(picture), **more}
         return opened(forge.request("sdapi/v1/extra-single-image", body).body["image"])
 
     whole, cropped = (enlarged(soft_disc(), crop) for crop in (False, True))
@@ -122,9 +124,12 @@ def test_extras_that_crop_keep_alpha(forge):
     expected.paste(whole, (50 - whole.width // 2, 40 - whole.height // 2))
     assert same(cropped, expected)
     assert enlarged(soft_disc().convert("RGB"), True).mode == "RGB"
+    by_factor = enlarged(soft_disc(), True, resize_mode=0, upscaling_resize=2)
+    assert (by_factor.mode, by_factor.size) == ("RGBA", tuple(2 * side for side in soft_disc().size))
 
 
 @pytest.mark.full
+@needs("any size")
 def test_a_size_that_64_does_not_divide(forge):
     answer = forge.img2img(disc(), TRANSPARENT, width=328, height=520)
     assert answer.status == 200, answer.body
@@ -157,9 +162,8 @@ def test_layers_start_from_one_picture(forge):
 
 def test_loopback_goes_on_with_the_transparent_picture(forge):
     """The second loop is the same job as one that starts from the first loop's picture."""
-    loops, final_strength, curve, interrogate = 2, 0.5, "Linear", "None"
-    arguments = {"script_name": "loopback", "script_args": [loops, final_strength, curve, interrogate]}
-    answer = forge.img2img(disc(), TRANSPARENT, arguments)
+    script = forge.script("loopback", {"Loops": 2, "Final denoising strength": 0.5}, is_img2img=True)
+    answer = forge.img2img(disc(), TRANSPARENT, script)
     assert answer.status == 200, answer.body
     first, second = answer.transparent
     assert same(forge.img2img(first, TRANSPARENT, seed=2).images[0], second)

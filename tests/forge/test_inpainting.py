@@ -4,6 +4,7 @@ import pytest
 from PIL import Image, ImageChops, ImageDraw
 
 from tests.forge.client import SD15_ATTENTION, SD15_JOINT, alpha_varies, layerdiffuse, merged, same, to_base64
+from tests.forge.hosts import needs
 
 QUICK = {"steps": 2, "denoising_strength": 0.6}
 INPAINT = merged(layerdiffuse(SD15_ATTENTION), QUICK)
@@ -80,6 +81,7 @@ def test_outside_the_mask_nothing_changes(forge, area, fill):
     assert equal_where(result, picture, white) < 0.05
 
 
+@needs("any size")
 @pytest.mark.parametrize("area", [pytest.param(WHOLE, marks=full), ONLY_MASKED])
 def test_any_size(forge, area):
     picture, white = cut_out((328, 520)), mask((328, 520))

@@ -22,7 +22,8 @@ from tests.forge.client import (
     to_base64,
 )
 from tests.forge.test_pictures import HIRES
-from tests.forge.test_scripts import xyz_arguments
+from tests.forge.hosts import needs
+from tests.forge.test_scripts import plot, prompts_from_file
 from tests.forge.upstream_cases import METHODS, layer_image
 
 TINY = {"width": 64, "height": 64}
@@ -99,14 +100,7 @@ def test_a_condition_counts_for_every_picture(forge, plain_pictures, method, cou
 
 
 def test_prompts_of_a_matrix_stay_with_their_pictures(forge):
-    put_at_start, different_seeds, kind, joined_by, margin = False, False, "positive", "comma", 0
-    answer = forge.txt2img(
-        layers(SD15_JOINT),
-        TINY,
-        prompt="apple|green",
-        script_name="prompt matrix",
-        script_args=[put_at_start, different_seeds, kind, joined_by, margin],
-    )
+    answer = forge.txt2img(layers(SD15_JOINT), TINY, forge.script("prompt matrix", {}), prompt="apple|green")
     assert answer.status == 200, answer.body
     grid, *cells = answer.images
     assert grid.width >= 2 * 64 and grid.height > 64  # with the prompts above
@@ -118,19 +112,14 @@ def test_prompts_of_a_matrix_stay_with_their_pictures(forge):
 
 def test_xyz_plot_and_prompts_from_file(forge):
     """A cell of the plot shows the first layer; a line of the file gets all layers."""
-    cells = {"script_name": "x/y/z plot", "script_args": xyz_arguments("1, 4")}
-    plot = forge.txt2img(layers(SD15_JOINT), TINY, cells)
-    assert plot.status == 200, plot.body
+    plotted = forge.txt2img(layers(SD15_JOINT), TINY, plot(forge, "1, 4"))
+    assert plotted.status == 200, plotted.body
     both = forge.txt2img(layers(SD15_JOINT), TINY, n_iter=2).images
-    assert [image.tobytes() for image in plot.transparent if image.size == (64, 64)] == [
+    assert [image.tobytes() for image in plotted.transparent if image.size == (64, 64)] == [
         both[0].tobytes(),
         both[3].tobytes(),
     ]
-    lines = {
-        "script_name": "prompts from file or textbox",
-        "script_args": [False, False, "start", "apple\npear", False],
-    }
-    read = forge.txt2img(layers(SD15_JOINT), TINY, lines)
+    read = forge.txt2img(layers(SD15_JOINT), TINY, prompts_from_file(forge, "apple\npear"))
     assert [image.mode for image in read.images[:6]] == ["RGBA", "RGB", "RGB"] * 2
     assert all_different(read.images[:6])
 
@@ -180,12 +169,14 @@ def test_foreground_composed_over_the_background(forge):
 
 
 @pytest.mark.full
+@needs("any size")
 def test_any_size(forge):
     answer = forge.txt2img(layers(SD15_FG_TO_BG), width=520, height=328)
     assert [image.size for image in pictures_of(answer, SD15_FG_TO_BG, 1)] == [(520, 328)] * 2
     assert "64x64 was brought to 520x328" in answer.notes
 
 
+@needs("latent upscalers")
 @pytest.mark.parametrize("method", [SD15_BG_TO_FG, pytest.param(SDXL_FG_TO_BLEND, marks=pytest.mark.sdxl)])
 def test_hires_fix(forge, method):
     answer = forge.txt2img(layers(method), TINY, HIRES, hr_upscaler="Latent")

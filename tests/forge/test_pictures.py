@@ -13,6 +13,7 @@ from tests.forge.client import (
     layerdiffuse_arguments,
     same,
 )
+from tests.forge.hosts import needs
 
 METHODS = (
     SD15_ATTENTION,
@@ -52,6 +53,7 @@ def test_a_transparent_picture_and_then_the_opaque_one(forge, method):
     assert all(data.startswith(PNG_SIGNATURE) for data in answer.files)
 
 
+@needs("any size")
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_any_size_that_the_page_offers(forge, size):
     width, height = size
@@ -73,7 +75,7 @@ def test_batches_come_as_six_pictures_then_the_grid_then_the_opaque_ones(forge):
     assert all_different(opaque)
 
 
-@pytest.mark.parametrize("upscaler", ["Latent", "Lanczos"])
+@pytest.mark.parametrize("upscaler", [pytest.param("Latent", marks=needs("latent upscalers")), "Lanczos"])
 def test_hires_fix(forge, upscaler):
     answer = forge.txt2img(layerdiffuse(SD15_ATTENTION), HIRES, hr_upscaler=upscaler)
     assert_rgba_then_opaque(answer, (192, 192))
@@ -81,6 +83,7 @@ def test_hires_fix(forge, upscaler):
 
 @pytest.mark.full
 @pytest.mark.sdxl
+@needs("latent upscalers")
 def test_hires_fix_sdxl(forge):
     answer = forge.txt2img(layerdiffuse(SDXL_ATTENTION), HIRES, hr_upscaler="Latent")
     assert_rgba_then_opaque(answer, (192, 192))

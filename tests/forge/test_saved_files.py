@@ -90,7 +90,7 @@ def test_nothing_else_is_saved_where_nothing_else_is_wanted(forge):
 @pytest.mark.parametrize("method", [SD15_ATTENTION, SD15_JOINT])
 def test_near_the_longest_path_every_picture_has_a_file_of_its_own(forge, method):
     """Forge cuts the whole path to what a file system takes of a name, and what ended the names is cut off first."""
-    samples = forge.folder / "outputs" / "txt2img-images"
+    samples = forge.outputs / "txt2img-images"
     folder = samples / ("x" * (190 - len(str(samples))))
     shutil.rmtree(folder, ignore_errors=True)
     deep = {"save_to_dirs": True, "directories_filename_pattern": folder.name}

@@ -7,38 +7,23 @@ import pytest
 from PIL import Image
 
 from tests.forge.client import SD15_ATTENTION, all_different, alpha_varies, layerdiffuse, same
+from tests.forge.hosts import needs
 
 SMALL = {"width": 64, "height": 64}
-SEED_AXIS, NO_AXIS = 1, 0  # positions in the list of axes of scripts/xyz_grid.py
 SEEDS = (1, 2, 3)
 
 
-def xyz_arguments(x_values, lone_images=True):
-    axes = [SEED_AXIS, x_values, [], NO_AXIS, "", [], NO_AXIS, "", []]
-    draw_legend, sub_grids, no_fixed_seeds, vary_seeds, margin, csv_mode = (
-        True,
-        False,
-        False,
-        (False, False, False),
-        0,
-        False,
-    )
-    return [*axes, draw_legend, lone_images, sub_grids, no_fixed_seeds, *vary_seeds, margin, csv_mode]
-
-
-def axis(forge, label):
-    info = forge.request("sdapi/v1/script-info").body
-    [plot] = [script for script in info if script["name"] == "x/y/z plot" and not script["is_img2img"]]
-    return plot["args"][0]["choices"].index(label)
+def plot(forge, x_values, axis="Seed"):
+    """An X/Y/Z plot with its cells beside it."""
+    rows = forge.request("sdapi/v1/script-info").body
+    [choices] = [row["args"][0]["choices"] for row in rows if row["name"] == "x/y/z plot" and not row["is_img2img"]]
+    x, nothing = choices.index(axis), choices.index("Nothing")
+    values = {"X type": x, "X values": x_values, "Y type": nothing, "Z type": nothing, "Include Sub Images": True}
+    return forge.script("x/y/z plot", values)
 
 
 def test_xyz_plot_over_seeds(forge):
-    answer = forge.txt2img(
-        layerdiffuse(SD15_ATTENTION),
-        SMALL,
-        script_name="x/y/z plot",
-        script_args=xyz_arguments(", ".join(map(str, SEEDS))),
-    )
+    answer = forge.txt2img(layerdiffuse(SD15_ATTENTION), SMALL, plot(forge, ", ".join(map(str, SEEDS))))
     assert answer.status == 200, answer.body
     cells = [image for image in answer.transparent if image.size == (64, 64)]
     assert len(cells) == len(SEEDS)
@@ -48,8 +33,7 @@ def test_xyz_plot_over_seeds(forge):
 
 
 def test_xyz_plot_over_weights(forge):
-    arguments = [axis(forge, "[LayerDiffuse] Weight"), *xyz_arguments("0.3, 1")[1:]]
-    answer = forge.txt2img(layerdiffuse(SD15_ATTENTION), SMALL, script_name="x/y/z plot", script_args=arguments)
+    answer = forge.txt2img(layerdiffuse(SD15_ATTENTION), SMALL, plot(forge, "0.3, 1", "[LayerDiffuse] Weight"))
     assert answer.status == 200, answer.body
     cells = [image for image in answer.transparent if image.size == (64, 64)]
     alone = [forge.picture(layerdiffuse(SD15_ATTENTION, weight), SMALL) for weight in (0.3, 1)]
@@ -57,46 +41,42 @@ def test_xyz_plot_over_weights(forge):
 
 
 def test_a_plot_keeps_the_transparency_of_its_cells_between_the_legends(forge):
-    answer = forge.txt2img(
-        layerdiffuse(SD15_ATTENTION), SMALL, script_name="x/y/z plot", script_args=xyz_arguments("1, 2")
-    )
-    plot, *cells = answer.transparent
-    legend = plot.height - 64
-    assert [same(plot.crop((64 * i, legend, 64 * (i + 1), plot.height)), cell) for i, cell in enumerate(cells)] == [
+    answer = forge.txt2img(layerdiffuse(SD15_ATTENTION), SMALL, plot(forge, "1, 2"))
+    whole, *cells = answer.transparent
+    legend = whole.height - 64
+    assert [same(whole.crop((64 * i, legend, 64 * (i + 1), whole.height)), cell) for i, cell in enumerate(cells)] == [
         True,
         True,
     ]
-    assert plot.crop((0, 0, 128, legend)).getchannel("A").getextrema()[0] >= 254
+    assert whole.crop((0, 0, 128, legend)).getchannel("A").getextrema()[0] >= 254
     assert answer.notes == ""
 
 
 def test_a_refused_cell_says_why(forge):
-    arguments = [axis(forge, "[LayerDiffuse] Weight"), *xyz_arguments("1, 3")[1:]]
-    answer = forge.txt2img(layerdiffuse(SD15_ATTENTION), SMALL, script_name="x/y/z plot", script_args=arguments)
+    answer = forge.txt2img(layerdiffuse(SD15_ATTENTION), SMALL, plot(forge, "1, 3", "[LayerDiffuse] Weight"))
     assert answer.status == 200, answer.body
     assert "Weight (weight in API calls) is 3" in answer.notes
     assert all(answer.infotexts)
 
 
-def prompts_from_file(forge, make_combined):
-    iterate_seed, same_seed, position = False, False, "start"
-    return forge.txt2img(
-        layerdiffuse(SD15_ATTENTION),
-        SMALL,
-        script_name="prompts from file or textbox",
-        script_args=[iterate_seed, same_seed, position, "red apple\ngreen pear", make_combined],
-    )
+COMBINED = "Make a combined image containing all outputs (if more than one)"
+
+
+def prompts_from_file(forge, lines="red apple\ngreen pear", **more):
+    return forge.script("prompts from file or textbox", {"List of prompt inputs": lines, **more})
 
 
 def test_prompts_from_file(forge):
-    answer = prompts_from_file(forge, make_combined=False)
+    answer = forge.txt2img(layerdiffuse(SD15_ATTENTION), SMALL, prompts_from_file(forge))
     assert answer.status == 200, answer.body
     assert len(answer.transparent) == 2
     assert all_different(answer.transparent)
 
 
+@needs("combined image")
 def test_a_combined_image_shows_opaque_pictures_and_says_so(forge):
-    combined, *pictures = prompts_from_file(forge, make_combined=True).images
+    read = prompts_from_file(forge, **{COMBINED: True})
+    combined, *pictures = forge.txt2img(layerdiffuse(SD15_ATTENTION), SMALL, read).images
     opaque = [forge.txt2img(layerdiffuse(SD15_ATTENTION), SMALL, prompt=f"{prompt} apple").images[1]
               for prompt in ("red apple", "green pear")]  # fmt: skip
     assert all(map(alpha_varies, pictures))
@@ -104,10 +84,11 @@ def test_a_combined_image_shows_opaque_pictures_and_says_so(forge):
     assert [each.convert("RGB").tobytes() for each in shown] == [each.tobytes() for each in opaque]
 
 
+OUTPAINTING = {"Pixels to expand": 32, "Outpainting direction": ["left"]}
 OPAQUE_SCRIPTS = {
-    "sd upscale": ["", 16, "None", 2.0],
-    "poor man's outpainting": [32, 4, 0, ["left"]],
-    "outpainting mk2": ["", 32, 4, ["left"], 1.0, 0.05],
+    "sd upscale": {"Tile overlap": 16, "Upscaler": "None", "Scale factor": 2.0},
+    "poor man's outpainting": {**OUTPAINTING, "Masked content": 0},
+    "outpainting mk2": OUTPAINTING,
 }
 
 
@@ -115,20 +96,22 @@ def run_opaque_script(forge, name):
     """From a picture whose transparent part has a colour that would be seen."""
     init = Image.new("RGBA", (64, 64), (255, 0, 255, 0))
     init.paste((20, 160, 90, 255), (16, 16, 48, 48))
-    answer = forge.img2img(
-        init, layerdiffuse(SD15_ATTENTION), SMALL, script_name=name, script_args=OPAQUE_SCRIPTS[name]
-    )
+    script = forge.script(name, OPAQUE_SCRIPTS[name], is_img2img=True)
+    answer = forge.img2img(init, layerdiffuse(SD15_ATTENTION), SMALL, script)
     assert answer.status == 200, answer.body
     return answer
 
 
-@pytest.mark.parametrize("name", OPAQUE_SCRIPTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[needs("outpainting")] * ("out" in name)) for name in OPAQUE_SCRIPTS]
+)
 def test_scripts_that_know_no_transparency_say_so(forge, name):
     answer = run_opaque_script(forge, name)
     assert "puts pictures together without transparency: its pictures have none." in answer.notes
     assert [alpha_varies(image) for image in answer.images] == [False]
 
 
+@needs("outpainting")
 def test_scripts_that_know_no_transparency_show_no_hidden_colours(forge):
     """Where this one paints nothing."""
     [image] = run_opaque_script(forge, "poor man's outpainting").images
@@ -138,13 +121,12 @@ def test_scripts_that_know_no_transparency_show_no_hidden_colours(forge):
 
 def test_loopback(forge):
     """The second loop starts from the first one's picture, of which it takes the opaque one."""
-    loops, final_strength, curve, interrogate = 2, 0.5, "Linear", "None"
+    script = forge.script("loopback", {"Loops": 2, "Final denoising strength": 0.5}, is_img2img=True)
     answer = forge.img2img(
         Image.new("RGB", (64, 64), (200, 40, 40)),
         layerdiffuse(SD15_ATTENTION),
         SMALL,
-        script_name="loopback",
-        script_args=[loops, final_strength, curve, interrogate],
+        script,
     )
     assert answer.status == 200, answer.body
     assert len(answer.transparent) == 2
@@ -154,6 +136,5 @@ def test_loopback(forge):
 def test_a_job_after_a_plot_is_a_first_job(forge):
     """Nothing of the plot's jobs is left over."""
     before = forge.picture(layerdiffuse(SD15_ATTENTION), SMALL)
-    plot = {"script_name": "x/y/z plot", "script_args": xyz_arguments("4, 5")}
-    assert forge.txt2img(layerdiffuse(SD15_ATTENTION), SMALL, plot).status == 200
+    assert forge.txt2img(layerdiffuse(SD15_ATTENTION), SMALL, plot(forge, "4, 5")).status == 200
     assert same(forge.picture(layerdiffuse(SD15_ATTENTION), SMALL), before)

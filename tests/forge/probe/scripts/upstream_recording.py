@@ -8,14 +8,15 @@ import io
 import os
 
 import numpy as np
-from backend.nn.vae import DiagonalGaussianDistribution
 from modules import scripts
 from PIL import Image
 
 ON = "LAYERDIFFUSE_PROBE_RECORDING" in os.environ
 PNG_IN_BASE64 = "iVBORw0KGgo"
 
-if ON:
+if ON:  # in Forge alone
+    from backend.nn.vae import DiagonalGaussianDistribution
+
     # The existing extension samples its images' VAE posterior with the global random numbers, which no seed sets.
     # The mean is what a sample is spread around, and what ours takes.
     DiagonalGaussianDistribution.sample = DiagonalGaussianDistribution.mode

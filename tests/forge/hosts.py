@@ -1,0 +1,28 @@
+"""What web UIs lack of what these tests use, and why: the tests that need it are skipped there, with the reason."""
+
+import os
+from collections.abc import Mapping
+
+import pytest
+
+HOST = os.environ.get("HOST", "forge")
+NO_OUTPAINTING = "it has no outpainting scripts"
+LACKS: Mapping[str, Mapping[str, str]] = {
+    "forge": {},
+    "neo": {
+        "any size": "this tree makes every size a multiple of 64 (modules/processing.py:976)",
+        "latent upscalers": "it enlarges no latents",
+        "outpainting": NO_OUTPAINTING,
+        "combined image": "its script combines none",
+        "HRFix": "it has no Kohya HRFix",
+    },
+    "reforge": {"combined image": "its script combines none"},
+    "classic": {"combined image": "its script combines none", "outpainting": NO_OUTPAINTING},
+    "ersatz": {},
+}
+
+
+def needs(what: str) -> pytest.MarkDecorator:
+    assert any(what in lacking for lacking in LACKS.values()), f"no host lacks {what}"
+    reason = LACKS[HOST].get(what)
+    return pytest.mark.skipif(reason is not None, reason=f"{HOST}: {reason}")
