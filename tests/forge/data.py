@@ -54,6 +54,7 @@ OPTIONS = {
     "show_progress_type": "Approx cheap",
     "CLIP_stop_at_last_layers": 1,  # Neo's own is 2
     "samples_format": "png",
+    "jpeg_quality": 80,
     "stealth_pnginfo_option": "Alpha",
     "return_grid": False,
     "save_images_add_number": True,

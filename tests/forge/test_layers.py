@@ -21,8 +21,8 @@ from tests.forge.client import (
     same,
     to_base64,
 )
-from tests.forge.test_pictures import HIRES
 from tests.forge.hosts import needs
+from tests.forge.test_pictures import HIRES
 from tests.forge.test_scripts import plot, prompts_from_file
 from tests.forge.upstream_cases import METHODS, layer_image
 
