@@ -175,15 +175,21 @@ class LayerDiffuse(scripts.Script):
             session.before_overlay(p.batch_index, ppmo.overlay_image)
 
     def postprocess_image_after_composite(self, p: Job, pp: Any, *args: Any) -> None:
-        if session := session_of(p):
-            with ending_job(p):
-                pp.image = session.finish_picture(p, p.batch_index, pp.image)
+        if not unsupported and not host.edits_follow:
+            finish_picture(p, pp)
 
     def postprocess(self, p: Job, processed: Processed, *args: Any) -> None:
         with ending_job(p, processed):
             ending.raise_late(p)
             if (session := session_of(p)) and processed.images:  # ADetailer calls this before there are any
                 session.finish(p, processed)
+
+
+def finish_picture(p: Job, pp: Any) -> None:
+    """pp: with the picture that others have edited."""
+    if session := session_of(p):
+        with ending_job(p):
+            pp.image = session.finish_picture(p, p.batch_index, pp.image)
 
 
 def infotext_of(params: Any) -> str:
@@ -236,3 +242,5 @@ if not unsupported:
     script_callbacks.on_app_started(lambda blocks, app: host.read_args({form.title: form.posted for form in forms}))
     script_callbacks.on_app_started(lambda blocks, app: routes.register(app, extension))
     host.show_pictures()
+    if host.edits_follow:
+        host.finish_after_edits(finish_picture)

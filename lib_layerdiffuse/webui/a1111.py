@@ -25,6 +25,7 @@ from modules import (
     images,
     processing,
     script_callbacks,
+    scripts,
     sd_models,
     sd_samplers_common,
     shared,
@@ -79,6 +80,8 @@ class WebUI:
 
     def __init__(self) -> None:
         self.backend = HostedModel(programs.running(), lambda: shared.sd_model)
+        order = getsource(processing.process_images_inner)
+        self.edits_follow = order.rindex("postprocess_image(") > order.index("postprocess_image_after_composite(")
 
     def name(self) -> str:
         """Neo has its number apart (`release`), others have one string."""
@@ -420,9 +423,27 @@ class WebUI:
         """Keep the alpha of our pictures, or show what is opaque instead, in what becomes of them after a job."""
         script_callbacks.on_before_ui(pictures.keep_alpha)
 
+    def finish_after_edits(self, finish: Callable[[Job, Any], None]) -> None:
+        """Where edits follow: have `finish` called with the job and each picture (`pp`) when scripts are done with it."""
+        change(scripts.ScriptRunner, "postprocess_image", lambda original: finishing(original, finish))
+
     def show_pictures(self) -> None:
         """Have the page's gallery say under our pictures what they show, and know the infotext of each."""
         pictures.show_pictures()
+
+
+def finishing(edit: Callable[..., None], finish: Callable[[Job, Any], None]) -> Callable[..., None]:
+    """ersatz corrects colours last, and of opaque pictures only."""
+
+    def postprocess_image(runner: Any, p: Job, pp: Any) -> None:
+        edit(runner, p, pp)
+        if p.color_corrections and getattr(p, "layerdiffuse", None):
+            p.layerdiffuse_corrections, p.color_corrections = p.color_corrections, None
+        if corrections := getattr(p, "layerdiffuse_corrections", None):
+            pp.image = processing.apply_color_correction(corrections[p.batch_index], pp.image)
+        finish(p, pp)
+
+    return postprocess_image
 
 
 def wrapped(

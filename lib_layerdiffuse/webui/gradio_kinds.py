@@ -14,6 +14,10 @@ IMAGE: Mapping[str, Any] = {"format": "png", "sources": ["upload", "clipboard"]}
 # Of an event that all pages may have at once, pressed again before the first has ended; in Gradio 3 the queue is one.
 AT_ONCE: Mapping[str, Any] = {"trigger_mode": "multiple", "concurrency_limit": None} if IS_NEWER else {}
 
+# The component of a tab that changes with each job's end. Gradio 3's gallery has no such event, and what is hidden is
+# not on the page in Gradio 4.
+RESULT = "{tab}_gallery" if IS_NEWER else "generation_info_{tab}"
+
 
 def worded_choices(pairs: Sequence[tuple[str, str]]) -> Sequence[Any]:
     """What a list says and what stands for it, each; Gradio 3 says what stands for it."""

@@ -63,6 +63,7 @@ class Job(Protocol):
     mask: Tensor | None
     nmask: Tensor | None
     paste_to: tuple[int, int, int, int] | None
+    color_corrections: Any
     comments: dict[str, int]
     extra_result_images: list[Image.Image]
     latents_after_sampling: list[Tensor]
@@ -76,6 +77,7 @@ class Job(Protocol):
     layerdiffuse_hr_prompts: list[str]
     layerdiffuse_error: Exception | None  # what a hook ended it with
     layerdiffuse_mask: dict[str, Any]
+    layerdiffuse_corrections: Any  # of colours, where the host would make them after the extension
     differential: Any  # ChangeSession | None
 
     def comment(self, text: str) -> None: ...

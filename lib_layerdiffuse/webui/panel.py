@@ -34,7 +34,7 @@ from lib_layerdiffuse.request.layers import AS_IN_SETTINGS, FORM
 from lib_layerdiffuse.vae import PASSES
 from lib_layerdiffuse.version import own_version
 from lib_layerdiffuse.webui.extension import Extension
-from lib_layerdiffuse.webui.gradio_kinds import AT_ONCE, IMAGE, worded_choices
+from lib_layerdiffuse.webui.gradio_kinds import AT_ONCE, IMAGE, RESULT, worded_choices
 from lib_layerdiffuse.webui.status_line import Sentence, forecast
 from lib_layerdiffuse.weights.downloads import State, Status
 
@@ -152,7 +152,7 @@ class Panel:
         method = self.parts["method"]
         show = {"inputs": [method, batch_size], "outputs": self._forecast}
         refit = {"inputs": [self.all_methods, method], "outputs": [method]}
-        for changed in (method.change, batch_size.change, gallery.change):
+        for changed in (method.change, batch_size.change):
             changed(self._show, **show, **QUICK)
         self.all_methods.change(self._refit, **refit, **QUICK)
         Context.root_block.load(self._refit, **refit, **QUICK).then(self._show, **show, **QUICK)
@@ -166,6 +166,10 @@ class Panel:
         self.cancel.click(self._cancel, **show, **QUICK)
         for layer in Layer:
             self._send_button(layer, gallery)
+
+    def look_after_jobs(self, result: Any, batch_size: Any) -> None:
+        """result: what changes when a job has ended; it may have brought the weights."""
+        result.change(self._show, inputs=[self.parts["method"], batch_size], outputs=self._forecast, **QUICK)
 
     def follow(self, checkpoint: Any, batch_size: Any) -> None:
         """The page's choice of a checkpoint."""
@@ -254,6 +258,8 @@ class Page:
         for tab in TABS:
             if elem_id in (f"{tab}_batch_size", f"{tab}_gallery"):
                 self.found[elem_id] = component
+            if elem_id == RESULT.format(tab=tab):
+                self.panels[tab].look_after_jobs(component, self.found[f"{tab}_batch_size"])
             if elem_id == f"{tab}_send_to_extras":
                 self.panels[tab].connect(self.found[f"{tab}_batch_size"], self.found[f"{tab}_gallery"])
 

@@ -221,16 +221,18 @@ def route_class(guards: Sequence[BasicAuth]) -> type[APIRoute]:
             async def explaining(request: Request) -> Any:
                 try:
                     return await checked(request)
-                except HTTPException:
-                    raise
+                except HTTPException as error:
+                    refusal = error
                 except RequestValidationError as error:
                     body = self.endpoint.__annotations__.get("body")
-                    raise HTTPException(422, explained(error.errors()[0], body)) from error
+                    refusal = HTTPException(422, explained(error.errors()[0], body))
                 except LayerDiffuseError as error:
-                    raise HTTPException(422, str(error)) from error
+                    refusal = HTTPException(422, str(error))
                 except Exception as error:
                     log.exception("%s %s failed", request.method, request.url.path)
-                    raise HTTPException(500, f"This failed with {type(error).__name__}. The log has more.") from error
+                    refusal = HTTPException(500, f"This failed with {type(error).__name__}. The log has more.")
+                # Not raised: some web UIs answer to exceptions in a form of their own.
+                return JSONResponse({"detail": refusal.detail}, refusal.status_code, refusal.headers)
 
             return explaining
 
