@@ -293,6 +293,16 @@ def test_interrupt_ends_decoding_after_the_pass_under_way():
     assert work.finish_picture(p, 0, shown(pixels(1)[0])).mode == "RGBA"
 
 
+def test_latents_that_an_interrupted_job_shows_are_left_as_they_are():
+    host = SmallHost()
+    host.interrupted_after = 0
+    work = session(host)
+    p = job([torch.ones(1, 4, 16, 16)])
+    work.before_sampling(p)
+    work.decode_batch(p, pixels(1, 16))
+    assert work.finish_picture(p, 0, shown(pixels(1, 16)[0])).mode == "RGB"
+
+
 @pytest.mark.parametrize(("failures", "succeeds"), [(4, True), (8, False)])
 def test_out_of_memory_moves_on_to_a_roomier_place(failures, succeeds):
     """In each of the two places eight orientations at once are too many, and so are four, two, and one."""

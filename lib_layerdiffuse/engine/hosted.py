@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lib_layerdiffuse.engine.backend import BaseModel
 from lib_layerdiffuse.engine.merging import Merging, merging_of
-from lib_layerdiffuse.engine.programs import Program, computation_dtype, schedule_of
+from lib_layerdiffuse.engine.programs import Program, computation_dtype, schedule_of, with_noise
 from lib_layerdiffuse.errors import LayerDiffuseError
 from lib_layerdiffuse.injection.content import UNSHARED, Injection, WeightPatch, misfit
 from lib_layerdiffuse.injection.patches import (
@@ -135,13 +135,13 @@ class HostedModel:
     def hold(self, original: Latent, noise: Latent, released: Callable[[float], Tensor]) -> Iterator[None]:
         objects = self._objects
         unet = objects.unet.clone()
-        with_noise = schedule_of(unet.model).noise_scaling
+        schedule = schedule_of(unet.model)
         free: Tensor | None = None  # at the model call under way
 
         def before(model: Any, x: Latent, timestep: Any, uncond: Any, cond: Any, *rest: Any) -> tuple[Any, ...]:
             nonlocal free
             free = released(float(timestep[0])).to(x.device).expand(len(x), -1, -1, -1)
-            kept = with_noise(timestep[:, None, None, None], noise.to(x), original.to(x))
+            kept = with_noise(schedule, timestep[:, None, None, None], noise.to(x), original.to(x))
             for condition in (*(uncond or ()), *cond):
                 release_inpainting(condition["model_conds"], original, free)
             return model, torch.where(free, x, kept), timestep, uncond, cond, *rest

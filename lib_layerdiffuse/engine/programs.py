@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lib_layerdiffuse.errors import LayerDiffuseError
+from lib_layerdiffuse.tensors import Latent
 
 # Of each kind: the modules of its memory management, its patcher and its LoRAs.
 PACKAGES = (
@@ -63,6 +64,13 @@ def running() -> Program:
 def schedule_of(model: Any) -> Any:
     """What knows the noise levels of a UNet's model."""
     return model.predictor if hasattr(model, "predictor") else model.model_sampling
+
+
+def with_noise(schedule: Any, sigma: Tensor, noise: Tensor, latent: Latent) -> Latent:
+    """A latent as it is at a noise level. Classic knows no other models than those that add noise to it."""
+    if hasattr(schedule, "noise_scaling"):
+        return schedule.noise_scaling(sigma, noise, latent)
+    return latent + sigma * noise
 
 
 def computation_dtype(model: Any) -> torch.dtype:

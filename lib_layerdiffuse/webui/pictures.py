@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from copy import copy
-from inspect import signature
+from inspect import getsource, signature
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,8 @@ def keep_alpha() -> None:
     change(images, "save_image_with_geninfo", opaque_in_lossy_files)
     change(images, "draw_grid_annotations", transparent_between_legends)
     change(scripts.ScriptRunner, "run", with_notes)
+    if '"RGBA"' not in getsource(images.image_grid).replace("'", '"'):  # Classic's are opaque
+        change(images, "image_grid", of_opaque_pictures)
     combining = module_of("prompts_from_file.py")
     if hasattr(combining, "image_grid"):  # of Forge and ersatz; others combine none
         change(combining, "image_grid", of_opaque_pictures)
@@ -60,18 +62,18 @@ def keep_alpha() -> None:
 def opaque_in_lossy_files(original: Function) -> Function:
     """The JPG that goes beside a large file of ours (`export_for_4chan`, images.py:751) shows the opaque picture.
 
-    Forge writes it right after the file itself, under the same temporary name, and perhaps smaller.
+    It is written right after the file itself, with the same infotext, and perhaps smaller.
     """
-    latest: dict[str, Picture] = {}
+    latest: dict[Any, Picture] = {}  # by the infotext
 
     def save(image: Image.Image, geninfo: Any, filename: str, extension: Any = None, *args: Any, **more: Any) -> Any:
         suffix = (extension or Path(filename).suffix).lower()
         if suffix in LOSSLESS:
             latest.clear()
             if picture := picture_of(image):
-                latest[filename] = picture
-        elif image.mode == "RGBA" and filename in latest:
-            image = latest[filename].opaque.resize(image.size, Image.Resampling.LANCZOS)
+                latest[geninfo] = picture
+        elif image.mode == "RGBA" and geninfo in latest:
+            image = latest[geninfo].opaque.resize(image.size, Image.Resampling.LANCZOS)
         elif image.mode == "RGBA" and FORM.infotext("method") in (geninfo or ""):
             image = flattened(image)
         return original(image, geninfo, filename, extension, *args, **more)
@@ -101,7 +103,7 @@ def transparent_between_legends(original: Function) -> Function:
 
 
 def of_opaque_pictures(original: Function) -> Function:
-    """A combined image, which the script turns into RGB (prompts_from_file.py:184)."""
+    """A grid, where it becomes RGB, as a combined image does (prompts_from_file.py:184)."""
     return lambda pictures, *args, **more: original([opaque_of(each) for each in pictures], *args, **more)
 
 

@@ -182,6 +182,9 @@ class Session:
         """Decode the foregrounds of the batch just sampled. pixels: what the host made of each picture, [3, H, W]."""
         assert self._latent is not None, "the host decoded a batch without sampling it"
         start = time.perf_counter()
+        if self.host.interrupted() and pixels[0].shape[1:] == self._latent.shape[2:]:
+            self._decoded = [None] * len(pixels)  # ersatz shows an interrupted job's latents as they are
+            return
         latents = self.engine.backend.vae_latent(self._latent)
         self._decoded = [
             (self._decode(painted[None], latent[None])[0], painted) if self._is_decoded(row) else None

@@ -17,9 +17,23 @@ LACKS: Mapping[str, Mapping[str, str]] = {
         "HRFix": "it has no Kohya HRFix",
     },
     "reforge": {"combined image": "its script combines none"},
-    "classic": {"combined image": "its script combines none", "outpainting": NO_OUTPAINTING},
-    "ersatz": {},
+    "classic": {
+        "combined image": "its script combines none",
+        "outpainting": NO_OUTPAINTING,
+        "HRFix": "it has no Kohya HRFix",
+        "transparent extras": "its Extras tab makes every picture RGB",
+        "transparent grids": "its grids are RGB",
+    },
+    "ersatz": {
+        "HRFix": "it has no Kohya HRFix",
+        "user LoRAs": "its lora_script.py does not load in this commit",
+        "transparent extras": "its API fails for every picture in this commit",
+        "pictures of interrupted jobs": "it shows their latents as they are",
+    },
 }
+
+
+LATENT_UPSCALER = {"ersatz": "Latent (antialiased)"}.get(HOST, "Latent")
 
 
 def needs(what: str) -> pytest.MarkDecorator:

@@ -56,6 +56,7 @@ def test_token_merging(forge):
     assert not same(merged, forge.picture(layerdiffuse(SD15_ATTENTION)))
 
 
+@needs("user LoRAs")
 def test_a_users_lora_counts_in_the_layers_too(forge):
     """In the order that breaks the existing extension: LoRA and LayerDiffuse together first, then each alone."""
     plain, alone = forge.picture(), forge.picture(layerdiffuse(SD15_ATTENTION))

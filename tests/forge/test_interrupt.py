@@ -4,9 +4,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from tests.forge.client import SD15_ATTENTION, alpha_varies, layerdiffuse, same
+from tests.forge.hosts import HOST, LACKS
 
 STEPS = 60  # minutes, if nothing ended it
 LIMIT_S = 60
+SHOWS_LATENTS = "pictures of interrupted jobs" in LACKS[HOST]
 
 
 def wait_for(condition, limit=LIMIT_S):
@@ -28,5 +30,5 @@ def test_interrupt_while_sampling(forge):
         forge.request("sdapi/v1/interrupt", {})
         answer = job.result(LIMIT_S)
     assert answer.status == 200, answer.body
-    assert alpha_varies(answer.images[0])
+    assert alpha_varies(answer.images[0]) or SHOWS_LATENTS
     assert same(forge.picture(layerdiffuse(SD15_ATTENTION)), before)

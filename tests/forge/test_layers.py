@@ -21,7 +21,7 @@ from tests.forge.client import (
     same,
     to_base64,
 )
-from tests.forge.hosts import needs
+from tests.forge.hosts import LATENT_UPSCALER, needs
 from tests.forge.test_pictures import HIRES
 from tests.forge.test_scripts import plot, prompts_from_file
 from tests.forge.upstream_cases import METHODS, layer_image
@@ -179,7 +179,7 @@ def test_any_size(forge):
 @needs("latent upscalers")
 @pytest.mark.parametrize("method", [SD15_BG_TO_FG, pytest.param(SDXL_FG_TO_BLEND, marks=pytest.mark.sdxl)])
 def test_hires_fix(forge, method):
-    answer = forge.txt2img(layers(method), TINY, HIRES, hr_upscaler="Latent")
+    answer = forge.txt2img(layers(method), TINY, HIRES, hr_upscaler=LATENT_UPSCALER)
     assert [image.size for image in pictures_of(answer, method, 1)] == [(96, 96)] * len(SHOWS[method])
 
 

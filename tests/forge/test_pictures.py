@@ -13,7 +13,7 @@ from tests.forge.client import (
     layerdiffuse_arguments,
     same,
 )
-from tests.forge.hosts import needs
+from tests.forge.hosts import LATENT_UPSCALER, needs
 
 METHODS = (
     SD15_ATTENTION,
@@ -75,7 +75,7 @@ def test_batches_come_as_six_pictures_then_the_grid_then_the_opaque_ones(forge):
     assert all_different(opaque)
 
 
-@pytest.mark.parametrize("upscaler", [pytest.param("Latent", marks=needs("latent upscalers")), "Lanczos"])
+@pytest.mark.parametrize("upscaler", [pytest.param(LATENT_UPSCALER, marks=needs("latent upscalers")), "Lanczos"])
 def test_hires_fix(forge, upscaler):
     answer = forge.txt2img(layerdiffuse(SD15_ATTENTION), HIRES, hr_upscaler=upscaler)
     assert_rgba_then_opaque(answer, (192, 192))
@@ -85,7 +85,7 @@ def test_hires_fix(forge, upscaler):
 @pytest.mark.sdxl
 @needs("latent upscalers")
 def test_hires_fix_sdxl(forge):
-    answer = forge.txt2img(layerdiffuse(SDXL_ATTENTION), HIRES, hr_upscaler="Latent")
+    answer = forge.txt2img(layerdiffuse(SDXL_ATTENTION), HIRES, hr_upscaler=LATENT_UPSCALER)
     assert_rgba_then_opaque(answer, (192, 192))
 
 

@@ -40,6 +40,7 @@ def test_xyz_plot_over_weights(forge):
     assert [cell.tobytes() for cell in cells] == [picture.tobytes() for picture in alone]
 
 
+@needs("transparent grids")
 def test_a_plot_keeps_the_transparency_of_its_cells_between_the_legends(forge):
     answer = forge.txt2img(layerdiffuse(SD15_ATTENTION), SMALL, plot(forge, "1, 2"))
     whole, *cells = answer.transparent
