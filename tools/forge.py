@@ -36,7 +36,7 @@ class Host:
     without_gpu: tuple[str, ...] = ("--always-cpu", "--attention-pytorch")
     models: str = "--models-dir"  # before the folder of models
     half: tuple[str, ...] = ("--unet-in-fp16",)  # the UNet, in memory
-    options: Mapping[str, object] = field(default_factory=dict)  # without which it asks questions
+    options: Mapping[str, object] = field(default_factory=dict)  # of its settings
 
 
 # The installation is taken as it is: nothing is installed, updated or downloaded.
@@ -50,10 +50,15 @@ HOSTS: Mapping[str, Host] = {
         ("--cpu", "--use-pytorch-cross-attention"),
         "--model-ref",
         ("--fp16-unet",),
-        {"VERSION_UID": "PY313"},
+        {"VERSION_UID": "PY313"},  # without it, it asks a question at the start
     ),
     "reforge": Host("~/stable-diffusion-webui-reForge", ("--skip-prepare-environment", *LOGGING)),
-    "classic": Host("~/sd-webui-forge-classic", ("--skip-prepare-environment", *LOGGING), models="--model-ref"),
+    "classic": Host(
+        "~/sd-webui-forge-classic",
+        ("--skip-prepare-environment", *LOGGING),
+        models="--model-ref",
+        options={"skip_early_cond": -1.0},  # at its own, 0, the first step goes without CFG
+    ),
     "ersatz": Host("~/ersatzForge"),
 }
 
