@@ -124,6 +124,7 @@ def server(
     for link_name, source in {"layerdiffuse-probe": HERE / "probe", **extensions}.items():
         link(source, folder / "extensions" / link_name)
     (folder / "config.json").write_text(json.dumps({**OPTIONS, **host.options}, indent=4), encoding="utf-8")
+    (folder / "tmp").mkdir(exist_ok=True)  # Neo does not make it
     probe_file(name).write_text("", encoding="utf-8")
     arguments = ("--data-dir", str(folder), host.models, str(models()), *SERVER_ARGUMENTS, *precision, *arguments)
     environment = {PROBE_VARIABLE: str(probe_file(name)), **BUSY_MACHINE, **KEPT_MEMORY, **environment}

@@ -11,6 +11,7 @@ from tests.forge.client import (
     alpha_varies,
     same,
 )
+from tests.forge.hosts import HOST
 from tests.page.tab import BACKGROUND, FOREGROUND, JOB_LIMIT_S, PATIENCE_S, Tab, content_hash, downloaded, eventually
 
 
@@ -91,7 +92,7 @@ def gallery_of_a_batch(tab: Tab) -> list[Image.Image]:
 def test_save_and_zip_write_everything_that_is_shown(forge, txt2img):
     """After a job, the grid is selected: then all are saved. Where names have no number, Forge lets the first picture
     replace the grid, which has the same seed."""
-    folder = forge.folder / "log" / "images"
+    folder = forge.folder / ("output" if HOST == "neo" else "log") / "images"
     shutil.rmtree(folder, ignore_errors=True)
     with forge.options(return_grid=True, save_images_add_number=False):
         pictures = gallery_of_a_batch(txt2img)
