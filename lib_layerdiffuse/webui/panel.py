@@ -34,15 +34,20 @@ from lib_layerdiffuse.request.layers import AS_IN_SETTINGS, FORM
 from lib_layerdiffuse.vae import PASSES
 from lib_layerdiffuse.version import own_version
 from lib_layerdiffuse.webui.extension import Extension
-from lib_layerdiffuse.webui.gradio_kinds import AT_ONCE, IMAGE, RESULT, worded_choices
+from lib_layerdiffuse.webui.gradio_kinds import AT_ONCE, IMAGE, IS_NEWER, RESULT, worded_choices
 from lib_layerdiffuse.webui.status_line import Sentence, forecast
 from lib_layerdiffuse.weights.downloads import State, Status
 
 TITLE = "LayerDiffuse"
 TABS = ("txt2img", "img2img")
-LABELS = [method.label for method in METHODS]
 LOCALIZATIONS = Path(__file__).resolve().parents[2] / "localizations"
 LOOK_S = 0.5  # between two looks at a download
+
+
+def value_of(method: Method) -> str:
+    """What stands for a method in the list: what infotexts and saved defaults say, or what the list itself says."""
+    return method.label if IS_NEWER else method.full_title
+
 
 image_box = partial(gr.Image, type="numpy", image_mode="RGBA", height=320, **IMAGE)
 prompt_box = partial(gr.Textbox, lines=1, placeholder="for this layer alone")
@@ -50,7 +55,7 @@ prompt_box = partial(gr.Textbox, lines=1, placeholder="for this layer alone")
 # How each field of Controls is shown.
 PARTS: Mapping[str, Callable[..., Any]] = {
     # Labels until the page is loaded: the web UI drops a saved default that the list does not say (ui_loadsave.py:101).
-    "method": partial(gr.Dropdown, LABELS, scale=4),
+    "method": partial(gr.Dropdown, [value_of(method) for method in METHODS], scale=4),
     "weight": partial(gr.Slider, 0.0, 2.0, step=0.01),
     "starting_step": partial(gr.Slider, 0.0, 1.0, step=0.01),
     "ending_step": partial(gr.Slider, 0.0, 1.0, step=0.01),
@@ -266,13 +271,13 @@ class Page:
 
 def fitting(method: Method, family: Family | None) -> Any:
     """The list of methods for a family (None: all of them), with what comes nearest to `method` chosen."""
-    return gr.update(choices=choices(family), value=counterpart(method, methods_of(family)).label)
+    return gr.update(choices=choices(family), value=value_of(counterpart(method, methods_of(family))))
 
 
 def choices(family: Family | None) -> Sequence[Any]:
-    """What the list of methods says, and what stands for it in jobs, infotexts and saved defaults."""
+    """What the list of methods says, and what stands for it."""
     return worded_choices(
-        [(worded(each.title if family else each.full_title), each.label) for each in methods_of(family)]
+        [(worded(each.title if family else each.full_title), value_of(each)) for each in methods_of(family)]
     )
 
 
@@ -332,8 +337,10 @@ def paste_fields(form: Form, components: Sequence[Any]) -> list[tuple[Any, Calla
 def pasted(form: Form, name: str, parameters: Mapping[str, Any]) -> Any:
     """A pasted method may be for another checkpoint than the chosen one: the list has all of them then."""
     value = form.pasted(name, parameters)
+    if name != "method" or form is not FORM or value is None:
+        return value
     # Of this kind, which both gradio and the host's API (modules/api/api.py:405) take for an update.
-    return {**gr.update(value=value, choices=choices(None)), "__type__": "generic_update"} if value in LABELS else value
+    return {**fitting(find_method(value), None), "__type__": "generic_update"}
 
 
 def notice(tab: str, text: str) -> list[Any]:

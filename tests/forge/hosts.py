@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import pytest
 
 HOST = os.environ.get("HOST", "forge")
+GRADIO_3 = ("reforge", "classic")
 NO_OUTPAINTING = "it has no outpainting scripts"
 LACKS: Mapping[str, Mapping[str, str]] = {
     "forge": {},

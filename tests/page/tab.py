@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import io
+import re
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from typing import Any
 
 from PIL import Image
 from playwright.sync_api import Download, Locator, Page, expect
+
+from tests.forge.hosts import GRADIO_3, HOST
 
 # What the list says of the methods for one kind of checkpoint; the list of all says the kind too.
 TRANSPARENT = "Transparent picture"
@@ -28,6 +31,14 @@ DROPDOWNS = ("method", "passes")
 PROMPTS = ("fg_prompt", "bg_prompt", "blend_prompt")
 IMAGES = ("fg_image", "bg_image", "blend_image")
 CONDITIONAL = (*IMAGES, *PROMPTS, "resize_mode", "passes", "grey_background")
+
+
+# Of the checkpoint: Gradio 3's list says it always.
+KIND = r"( \(SD(1\.5|XL)\))?" if HOST in GRADIO_3 else ""
+
+
+def shortened(method: str) -> str:
+    return re.sub(f"{KIND}$", "", method)
 
 
 def eventually(look: Callable[[], Any], wanted: Any, limit_s: float = PATIENCE_S) -> None:
@@ -94,7 +105,7 @@ class Tab:
 
     @property
     def method(self) -> str:
-        return self.part("method").locator("input").input_value()
+        return shortened(self.part("method").locator("input").input_value())
 
     @property
     def methods(self) -> list[str]:
@@ -106,7 +117,7 @@ class Tab:
         labels = options.evaluate_all("options => options.map(option => option.ariaLabel)")
         box.blur()
         expect(options).to_have_count(0)
-        return labels
+        return [shortened(label) for label in labels]
 
     @property
     def visible(self) -> set[str]:
@@ -159,12 +170,12 @@ class Tab:
     def open(self, panel: str = "") -> None:
         """Open a panel, ours or that with another id, which ticks it."""
         panel = panel or f"layerdiffuse-{self.name}"
-        self.page.locator(f"#{panel} button.label-wrap").first.click()
+        self.page.locator(f"#{panel} .label-wrap").first.click()
         expect(self.page.locator(f"#{panel}-visible-checkbox")).to_be_checked()
 
     def choose(self, option: str, name: str = "method") -> None:
         self.part(name).locator("input").click()
-        self.page.get_by_role("option", name=option, exact=True).click()
+        self.page.get_by_role("option", name=re.compile(f"^{re.escape(option)}{KIND}$")).click()
 
     def set_number(self, name: str, value: float, prefix: str = "") -> None:
         field = self.page.locator(f"#{prefix or self.name + '_'}{name} input[type=number]")
