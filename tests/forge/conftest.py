@@ -74,8 +74,9 @@ def installation() -> Installation:
 
 @pytest.fixture(scope="session")
 def plain_pictures(request: pytest.FixtureRequest, installation: Installation) -> dict[str, Image.Image]:
-    """What a Forge without the extension makes of PLAIN_JOBS; kept for this Forge, these model files and these jobs."""
-    jobs = zlib.crc32(json.dumps([BASE_REQUEST, PLAIN_JOBS]).encode())
+    """What a Forge without the extension makes of PLAIN_JOBS; kept for this Forge, its models, settings and jobs."""
+    settings = {**data.OPTIONS, **installation.host.options}
+    jobs = zlib.crc32(json.dumps([BASE_REQUEST, PLAIN_JOBS, settings]).encode())
     folder = data.folder_of("plain-pictures") / f"{installation.commit[:12]}-{jobs:08x}"
     folder.mkdir(parents=True, exist_ok=True)
     sdxl = any(item.get_closest_marker("sdxl") for item in request.session.items)
