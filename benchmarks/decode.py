@@ -105,10 +105,8 @@ def makers() -> dict[str, Callable[[], Callable[..., Tensor]]]:
     """What makes each side's `decode(rgb, latent, passes)`."""
 
     def ours(side: Side) -> Callable[..., Tensor]:
-        _, state_dict = networks()
-        decoder = TransparentDecoder.from_state_dict({key: x.to(side.dtype) for key, x in state_dict.items()}).to(
-            DEVICE
-        )
+        weights = {key: weight.to(side.dtype) for key, weight in networks()[1].items()}
+        decoder = TransparentDecoder.from_state_dict(weights).to(DEVICE)
         if side.mode:
             decoder.compile(mode=side.mode)
         return TransparentVAE(decoder).decode

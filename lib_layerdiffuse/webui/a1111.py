@@ -424,7 +424,6 @@ class WebUI:
         script_callbacks.on_before_ui(pictures.keep_alpha)
 
     def finish_after_edits(self, finish: Callable[[Job, Any], None]) -> None:
-        """Where edits follow: have `finish(p, pp)` called with each picture when scripts are done with it."""
         change(scripts.ScriptRunner, "postprocess_image", lambda original: finishing(original, finish))
 
     def show_pictures(self) -> None:

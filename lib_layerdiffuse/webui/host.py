@@ -31,6 +31,13 @@ class Host(Protocol):
     def backend(self) -> Backend:
         """The checkpoint that is loaded in it."""
 
+    @property
+    def edits_follow(self) -> bool:
+        """Whether scripts edit a picture after the hook in which they get it composited."""
+
+    def finish_after_edits(self, finish: Callable[[Job, Any], None]) -> None:
+        """Where they do: have `finish(p, pp)` called with each picture when they are done with it."""
+
     def name(self) -> str:
         """What the web UI is called, and its version."""
 
